@@ -1,0 +1,247 @@
+"""Messages: what they are made of, how their classes are declared, which bucket they belong to. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final, NamedTuple, TypeVar
+
+from outbox.errors import ConfigurationError, EncodingError
+
+BUCKETS: Final = 64
+"""A key's bucket is CRC-32 of its UTF-8 bytes modulo this. Documented in docs/table.md: other languages write rows too."""
+
+TOPIC_LENGTH: Final = 255
+KEY_LENGTH: Final = 255
+TYPE_LENGTH: Final = 255
+
+# Foreign message ids that are not UUIDs are mapped into this namespace (RFC 9562, version 5), so that the inbox's index
+# stays 16 bytes a row.
+FOREIGN_IDS: Final = uuid.UUID("5c0b7a3e-7f0e-5d0c-9a55-6f7574626f78")
+
+Key = str | int | uuid.UUID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One message. ``payload`` is bytes as they go over the wire; None is a tombstone (delete marker of the key).
+
+    ``key`` orders: messages of one (topic, key) are delivered in order; None has no order. ``position`` is None until
+    the row has been read back from the table. ``headers`` are text to text.
+    """
+
+    id: uuid.UUID
+    topic: str
+    payload: bytes | None = field(repr=False)
+    key: str | None = None
+    type: str | None = None
+    content_type: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    deliver_at: datetime | None = None
+    created_at: datetime | None = None
+    position: int | None = None
+
+
+class Outgoing(NamedTuple):
+    """A stored message on the relay's hot path, in the order of the columns that stores select. Nothing is decoded:
+    ``id`` is text, ``headers`` a JSON object as text or None."""
+
+    position: int
+    id: str
+    topic: str
+    key: str | None
+    type: str | None
+    payload: bytes | None
+    content_type: str | None
+    headers: str | None
+    bucket: int
+
+
+def bucket_of(key: str | None, id: uuid.UUID) -> int:
+    """The bucket, 0–63: of the key where there is one, else any (the id's random bits)."""
+    if key is None:
+        return id.int & (BUCKETS - 1)
+    return zlib.crc32(key.encode()) % BUCKETS
+
+
+_last_ms = 0
+_counter = 0
+_lock = threading.Lock()
+
+
+def new_id() -> uuid.UUID:
+    """A UUID version 7 (RFC 9562, section 5.7): milliseconds, then a 12-bit counter, then random bits.
+
+    Ids of one process increase, which keeps the indexes they are in compact. They are names, not an order: delivery
+    order never comes from a clock.
+    """
+    global _last_ms, _counter
+    with _lock:
+        now = time.time_ns() // 1_000_000
+        if now > _last_ms:
+            _last_ms, _counter = now, 0
+        else:
+            _counter += 1
+            if _counter > 0xFFF:
+                _last_ms, _counter = _last_ms + 1, 0
+        ms, counter = _last_ms, _counter
+    rand = int.from_bytes(os.urandom(8), "big") & 0x3FFFFFFFFFFFFFFF
+    return uuid.UUID(int=(ms << 80) | (0x7 << 76) | (counter << 64) | (0b10 << 62) | rand)
+
+
+def message_id(value: uuid.UUID | str) -> uuid.UUID:
+    """The UUID under which the inbox knows a message: a UUID or its text as it is, any other text as UUID version 5."""
+    if isinstance(value, uuid.UUID):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"a message id is a UUID or a str, not {type(value).__name__}")
+    try:
+        return uuid.UUID(value)
+    except ValueError:
+        return uuid.uuid5(FOREIGN_IDS, value)
+
+
+class _Absent:
+    """The key was left out, which is not the same as ``key=None``."""
+
+    def __repr__(self) -> str:
+        return "<absent>"
+
+
+ABSENT: Final = _Absent()
+
+
+def key_text(key: Key | _Absent | None, topic: str) -> str | None:
+    """A key as the text that is stored and hashed. ``key=None`` raises: it is an id that has not been flushed yet."""
+    if key is ABSENT:
+        return None
+    if isinstance(key, str):
+        text = key
+    elif isinstance(key, bool):
+        raise EncodingError(f"message for {topic!r}: key is a bool; it must be a str, int or UUID")
+    elif isinstance(key, (int, uuid.UUID)):
+        text = str(key)
+    elif key is None:
+        raise EncodingError(
+            f"message for {topic!r}: key is None; flush the entity first (session.flush()) so that its id exists, "
+            "or leave key out if these messages need no order"
+        )
+    else:
+        raise EncodingError(f"message for {topic!r}: key is a {type(key).__name__}; it must be a str, int or UUID")
+    if not text or len(text) > KEY_LENGTH:
+        raise EncodingError(
+            f"message for {topic!r}: key has {len(text)} characters; between 1 and {KEY_LENGTH} are possible"
+        )
+    _require_text(text, f"message for {topic!r}: key")
+    return text
+
+
+def check_topic(topic: object) -> str:
+    """The topic, if it is one: text of 1 to 255 characters. Whether the broker likes it is the transport's to say."""
+    if not isinstance(topic, str):
+        raise EncodingError(f"topic is a {type(topic).__name__}; it must be a str")
+    if not topic or len(topic) > TOPIC_LENGTH:
+        raise EncodingError(f"topic has {len(topic)} characters; between 1 and {TOPIC_LENGTH} are possible")
+    _require_text(topic, "topic")
+    return topic
+
+
+def check_type(type_: object, topic: str) -> str | None:
+    """The message type, if it is one: None, or text of 1 to 255 characters."""
+    if type_ is None:
+        return None
+    if not isinstance(type_, str) or not 0 < len(type_) <= TYPE_LENGTH:
+        raise EncodingError(f"message for {topic!r}: type must be a str of 1 to {TYPE_LENGTH} characters")
+    _require_text(type_, f"message for {topic!r}: type")
+    return type_
+
+
+def check_headers(headers: Mapping[str, str], topic: str) -> Mapping[str, str]:
+    """The headers, if all of them are text."""
+    for name, value in headers.items():
+        if not isinstance(name, str) or not name:
+            raise EncodingError(f"message for {topic!r}: header names are non-empty text, not {type(name).__name__}")
+        if not isinstance(value, str):
+            raise EncodingError(
+                f"message for {topic!r}: header {name!r} is a {type(value).__name__}; header values are text"
+            )
+        _require_text(name, f"message for {topic!r}: header name")
+        _require_text(value, f"message for {topic!r}: header {name!r}")
+    return headers
+
+
+def _require_text(text: str, what: str) -> None:
+    """PostgreSQL stores no NUL, and a lone surrogate is not UTF-8: found here, in the app's transaction."""
+    if "\x00" in text:
+        raise EncodingError(f"{what} contains a NUL character")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise EncodingError(f"{what} contains a lone surrogate, which is not valid UTF-8") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """What ``@event`` said of a message class."""
+
+    topic: str
+    type: str
+    key: Callable[[Any], Key | None] | None
+    version: int
+
+
+T = TypeVar("T")
+_DECLARED: Final = "__outbox_event__"
+
+
+def event(
+    topic: str, *, type: str, key: str | Callable[[Any], Key | None] | None = None, version: int = 1
+) -> Callable[[type[T]], type[T]]:
+    """Declare a message class: its topic, its type on the wire, and the attribute (or function) that is its key.
+
+    ``type`` has no default on purpose: renaming a class must not change what consumers see. ``version`` travels as the
+    header ``outbox-version`` when it is not 1. The class itself is returned unchanged, so services can share it
+    without sharing a database.
+
+    Raises `ConfigurationError` for an empty topic or type, and if ``key`` names nothing that the class has.
+    """
+    try:
+        check_topic(topic)
+        check_type(type, topic)
+    except EncodingError as error:
+        raise ConfigurationError(f"@event: {error}") from None
+    if not isinstance(type, str):
+        raise ConfigurationError(f"@event({topic!r}): type is required; it names the message on the wire")
+    if not isinstance(version, int) or version < 1:
+        raise ConfigurationError(f"@event({topic!r}, type={type!r}): version must be an int from 1 on")
+
+    def declare(cls: type[T]) -> type[T]:
+        read: Callable[[Any], Key | None] | None
+        if isinstance(key, str):
+            names = {*getattr(cls, "__annotations__", ()), *dir(cls)}
+            for base in cls.__mro__:
+                names.update(getattr(base, "__annotations__", ()))
+            if key not in names:
+                raise ConfigurationError(f"@event({topic!r}, type={type!r}): {cls.__name__} has no attribute {key!r}")
+            from operator import attrgetter
+
+            read = attrgetter(key)
+        else:
+            read = key
+        setattr(cls, _DECLARED, Declaration(topic, type, read, version))
+        return cls
+
+    return declare
+
+
+def declaration(cls: object) -> Declaration | None:
+    """What `event` declared on this very class (a subclass declares itself, or is none)."""
+    found = vars(cls).get(_DECLARED) if isinstance(cls, type) else None
+    return found if isinstance(found, Declaration) else None

@@ -1,0 +1,144 @@
+"""Payloads to bytes and back. JSON by msgspec, unless the bytes come ready-made or the user brings a codec."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+
+from outbox.errors import DecodingError, EncodingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+JSON: Final = "application/json"
+BYTES: Final = "application/octet-stream"
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """Turns payloads into bytes and back. Give one to ``Outbox(codec=…)`` for Avro, Protobuf or JSON rules of your own."""
+
+    def encode(self, payload: Any, topic: str) -> tuple[bytes, str]:
+        """The bytes and their content type. Raise anything to refuse: the transaction's owner sees `EncodingError`."""
+        ...
+
+    def decode(self, payload: bytes, content_type: str | None, into: Any) -> Any:
+        """The payload as ``into`` (an annotation). Raise anything to refuse: the message becomes a dead letter."""
+        ...
+
+
+class JsonCodec:
+    """JSON as this library promises it: ``datetime`` ISO 8601, ``Decimal`` and ``UUID`` as strings, ``Enum`` by value,
+    ``bytes`` base64, dataclasses, attrs, msgspec and pydantic objects by their fields. NaN and infinities, which JSON does
+    not have, are refused inside pydantic models by pydantic's own rules and become ``null`` elsewhere.
+    """
+
+    def encode(self, payload: Any, topic: str) -> tuple[bytes, str]:
+        encode = _encode or _load()
+        return encode(payload), JSON
+
+    def decode(self, payload: bytes, content_type: str | None, into: Any) -> Any:
+        import msgspec
+
+        if into is bytes:
+            return payload
+        model = into if isinstance(into, type) else None
+        if model is not None and hasattr(model, "model_validate_json"):
+            return model.model_validate_json(payload)
+        if into is Any or into is None:
+            return msgspec.json.decode(payload)
+        return msgspec.json.decode(payload, type=into, strict=True)
+
+
+_encode: Callable[[Any], bytes] | None = None
+
+
+def _load() -> Callable[[Any], bytes]:
+    global _encode
+    import msgspec
+
+    _encode = msgspec.json.Encoder(enc_hook=_foreign).encode
+    return _encode
+
+
+def _foreign(value: Any) -> Any:
+    """What msgspec does not know: pydantic models, and classes of other libraries that subclass a plain type."""
+    dump = getattr(value, "model_dump", None)
+    if dump is not None:
+        return dump(mode="json")
+    for plain in (str, int, float, dict, list):
+        if isinstance(value, plain):
+            return plain(value)
+    raise TypeError(f"objects of type {type(value).__name__} have no JSON form")
+
+
+DEFAULT: Final = JsonCodec()
+
+
+def encode(payload: Any, topic: str, content_type: str | None, codec: Codec) -> tuple[bytes | None, str | None]:
+    """(bytes, content type) of a payload. ``bytes`` go as they are, None is a tombstone. Raises `EncodingError`."""
+    if payload is None:
+        return None, content_type
+    if isinstance(payload, (bytes, bytearray, memoryview)):
+        return bytes(payload), content_type or BYTES
+    try:
+        data, natural = codec.encode(payload, topic)
+    except Exception as error:
+        # The driver's text can quote the payload, so only its class and a type name of ours go into the message.
+        detail = str(error) if isinstance(error, (TypeError, OverflowError, RecursionError)) else type(error).__name__
+        raise EncodingError(
+            f"message for {topic!r}: the payload (a {type(payload).__name__}) cannot be encoded: {detail}. "
+            "Nothing was added to the transaction."
+        ) from error
+    return data, content_type or natural
+
+
+def decode(payload: bytes | None, content_type: str | None, into: Any, codec: Codec) -> Any:
+    """A payload as the type ``into``; a tombstone is None. Raises `DecodingError`, which says which field is wrong."""
+    if payload is None:
+        return None
+    try:
+        return codec.decode(payload, content_type, into)
+    except Exception as error:
+        name = getattr(into, "__name__", str(into))
+        raise DecodingError(f"the payload is no {name}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def dump_headers(headers: Mapping[str, str]) -> str:
+    """Headers as the text that is stored: a JSON object."""
+    return (_encode or _load())(headers).decode()
+
+
+def load_headers(text: str | None) -> dict[str, str]:
+    """Stored headers. Raises `DecodingError` for anything but a JSON object of text (a row written by hand)."""
+    if not text:
+        return {}
+    import msgspec
+
+    try:
+        return msgspec.json.decode(text, type=dict[str, str])
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise DecodingError(f"the headers are no JSON object of text: {_first_line(error)}") from error
+
+
+def header_text(value: bytes) -> str | None:
+    """A header value as text, or None where it is not UTF-8."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def parse_uuid(text: str | None) -> uuid.UUID | None:
+    """The UUID in a header, or None."""
+    if text is None:
+        return None
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        return None

@@ -1,0 +1,413 @@
+"""The tables, in their final shape: `docs/table.md` describes them for people who write to them from elsewhere.
+
+Types are chosen so that PostgreSQL, SQLite, MySQL and MariaDB take them without change. Every constraint and index has a
+name of ours, so that a naming convention on the user's metadata makes no phantom difference in autogenerate.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.expression import FunctionElement
+
+from outbox._message import BUCKETS, KEY_LENGTH, TOPIC_LENGTH, TYPE_LENGTH
+from outbox.errors import ConfigurationError
+
+SCHEMA_VERSION: Final = 1
+CONSUMER_LENGTH: Final = 128
+
+
+class clock(FunctionElement[dt.datetime]):
+    """The database's clock now, plus some seconds: ``clock()``, ``clock(30)``. Never the application's clock."""
+
+    inherit_cache = True
+    name = "outbox_clock"
+
+    def __init__(self, seconds: float = 0) -> None:
+        super().__init__(sa.literal(seconds, sa.Float()))
+
+
+@compiles(clock)
+def _clock_postgresql(element: clock, compiler: Any, **kw: Any) -> str:
+    return f"clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)})"
+
+
+@compiles(clock, "sqlite")
+def _clock_sqlite(element: clock, compiler: Any, **kw: Any) -> str:
+    # milliseconds, padded to the six digits that SQLAlchemy stores, so that text compares as time does
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', {compiler.process(element.clauses, **kw)} || ' seconds')"
+
+
+@compiles(clock, "mysql", "mariadb")
+def _clock_mysql(element: clock, compiler: Any, **kw: Any) -> str:
+    return f"utc_timestamp(6) + interval {compiler.process(element.clauses, **kw)} second"
+
+
+class _now(FunctionElement[dt.datetime]):
+    """The database's clock as a column default."""
+
+    inherit_cache = True
+    name = "outbox_now"
+
+
+@compiles(_now)
+def _now_postgresql(element: _now, compiler: Any, **kw: Any) -> str:
+    return "clock_timestamp()"
+
+
+@compiles(_now, "sqlite")
+def _now_sqlite(element: _now, compiler: Any, **kw: Any) -> str:
+    return "(strftime('%Y-%m-%d %H:%M:%f000', 'now'))"
+
+
+@compiles(_now, "mysql", "mariadb")
+def _now_mysql(element: _now, compiler: Any, **kw: Any) -> str:
+    return "(utc_timestamp(6))"
+
+
+class UtcDateTime(sa.types.TypeDecorator[dt.datetime]):
+    """An instant. Aware in Python; ``timestamptz`` on PostgreSQL, UTC without a zone where the database has none."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
+        if dialect.name in ("mysql", "mariadb"):
+            return dialect.type_descriptor(mysql.DATETIME(fsp=6))
+        return dialect.type_descriptor(sa.DateTime(timezone=True))
+
+    def process_bind_param(self, value: dt.datetime | None, dialect: sa.Dialect) -> dt.datetime | None:
+        if value is None or dialect.name == "postgresql":
+            return value
+        return value.astimezone(dt.UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: dt.datetime | None, dialect: sa.Dialect) -> dt.datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
+
+
+def insert_if_absent(table: sa.Table, dialect: str) -> sa.Insert:
+    """An insert that does nothing where the row is there already: by conflict clause, never by the text of an error."""
+    if dialect == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing()
+    if dialect == "sqlite":
+        return sqlite.insert(table).on_conflict_do_nothing()
+    if dialect in ("mysql", "mariadb"):
+        return table.insert().prefix_with("IGNORE")
+    raise ConfigurationError(f"database {dialect!r}: PostgreSQL, SQLite, MySQL and MariaDB are possible")
+
+
+def _text(length: int) -> sa.types.TypeEngine[str]:
+    """Text that is compared byte by byte everywhere: MySQL's default collation would merge the keys 'a' and 'A'."""
+    binary = mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_bin")
+    return sa.String(length).with_variant(binary, "mysql", "mariadb")
+
+
+def _long_text() -> sa.types.TypeEngine[str]:
+    return sa.Text().with_variant(mysql.MEDIUMTEXT(charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb")
+
+
+def _bytes() -> sa.types.TypeEngine[bytes]:
+    return sa.LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
+
+
+def _number() -> sa.types.TypeEngine[int]:
+    # SQLite gives AUTOINCREMENT to INTEGER only
+    return sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+
+def _body() -> list[sa.Column[Any]]:
+    """The columns of a message, the same wherever it waits. The relay copies them and never parses them."""
+    return [
+        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("bucket", sa.SmallInteger(), nullable=False),
+        sa.Column("topic", _text(TOPIC_LENGTH), nullable=False),
+        sa.Column("key", _text(KEY_LENGTH)),
+        sa.Column("type", _text(TYPE_LENGTH)),
+        sa.Column("payload", _bytes()),
+        sa.Column("content_type", _text(255)),
+        sa.Column("headers", _long_text()),
+        sa.Column("created_at", UtcDateTime(), nullable=False, server_default=_now()),
+    ]
+
+
+BODY: Final = ("id", "bucket", "topic", "key", "type", "payload", "content_type", "headers", "created_at")
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of one outbox. ``prefix`` and ``schema`` are where they are."""
+
+    metadata: sa.MetaData
+    schema: str | None
+    prefix: str
+    message: sa.Table = field(init=False)
+    scheduled: sa.Table = field(init=False)
+    parked: sa.Table = field(init=False)
+    dead_letter: sa.Table = field(init=False)
+    audit: sa.Table = field(init=False)
+    inbox: sa.Table = field(init=False)
+    attempt: sa.Table = field(init=False)
+    sent: sa.Table = field(init=False)
+    lease: sa.Table = field(init=False)
+    relay: sa.Table = field(init=False)
+    checkpoint: sa.Table = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name, make in _MAKERS.items():
+            object.__setattr__(self, name, make(self))
+        sa.event.listen(self.checkpoint, "after_create", self._seed_checkpoint)
+        sa.event.listen(self.lease, "after_create", self._seed_leases)
+
+    @property
+    def all(self) -> tuple[sa.Table, ...]:
+        return tuple(getattr(self, name) for name in _MAKERS)
+
+    def table(self, name: str, *args: Any, **kw: Any) -> sa.Table:
+        return sa.Table(self.prefix + name, self.metadata, *args, schema=self.schema, **kw)
+
+    def primary_key(self, name: str, *columns: str) -> sa.PrimaryKeyConstraint:
+        return sa.PrimaryKeyConstraint(*columns, name=f"{self.prefix}{name}_pkey")
+
+    def index(self, name: str, *columns: str, **kw: Any) -> sa.Index:
+        return sa.Index(f"{self.prefix}{name}_idx", *columns, **kw)
+
+    def _seed_checkpoint(self, target: sa.Table, connection: sa.Connection, **kw: Any) -> None:
+        connection.execute(self.checkpoint.insert(), self.seeds())
+
+    def _seed_leases(self, target: sa.Table, connection: sa.Connection, **kw: Any) -> None:
+        connection.execute(self.lease.insert(), [{"bucket": bucket} for bucket in range(BUCKETS)])
+
+    @staticmethod
+    def seeds() -> list[dict[str, str]]:
+        """What a fresh set of tables says of itself."""
+        return [
+            {"name": "schema_version", "value": str(SCHEMA_VERSION)},
+            {"name": "outbox_id", "value": str(uuid.uuid4())},
+            {"name": "buckets", "value": str(BUCKETS)},
+        ]
+
+
+def _message(t: Tables) -> sa.Table:
+    # Insert and delete only, never updated: Debezium's Event Router takes it as it is, and vacuum has little to do.
+    # No unique index on id: the position identifies, a replayed message comes back under its old id.
+    return t.table(
+        "message",
+        # cache=1: with a larger one each session hands out positions of its own and insertion order is gone
+        sa.Column("position", _number(), sa.Identity(cache=1), autoincrement=True, nullable=False),
+        *_body(),
+        t.primary_key("message", "position"),
+        sqlite_autoincrement=True,  # without it SQLite gives a deleted position out again
+    )
+
+
+def _scheduled(t: Tables) -> sa.Table:
+    return t.table(
+        "scheduled",
+        *_body(),
+        sa.Column("deliver_at", UtcDateTime(), nullable=False),
+        t.primary_key("scheduled", "id"),
+        t.index("scheduled_deliver_at", "deliver_at"),
+    )
+
+
+def _parked(t: Tables) -> sa.Table:
+    # position is the message's own, so order within a key is order by position. Exactly one row of a key is its head.
+    return t.table(
+        "parked",
+        sa.Column("position", sa.BigInteger(), autoincrement=False, nullable=False),
+        *_body(),
+        sa.Column("role", _text(8), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False, server_default=sa.text("0")),
+        sa.Column("next_attempt_at", UtcDateTime()),
+        sa.Column("first_failed_at", UtcDateTime()),
+        sa.Column("last_failed_at", UtcDateTime()),
+        sa.Column("last_error", _long_text()),
+        t.primary_key("parked", "position"),
+        t.index("parked_key", "topic", "key", "position"),
+        t.index("parked_due", "role", "next_attempt_at"),
+    )
+
+
+def _dead_letter(t: Tables) -> sa.Table:
+    return t.table(
+        "dead_letter",
+        sa.Column("id", sa.Uuid(), nullable=False),
+        # '' is the relay; NULLs would be distinct in the unique key
+        sa.Column("consumer", _text(CONSUMER_LENGTH), nullable=False),
+        sa.Column("message_id", sa.Uuid(), nullable=False),
+        sa.Column("cycle", sa.Integer(), nullable=False),
+        sa.Column("topic", _text(TOPIC_LENGTH), nullable=False),
+        sa.Column("partition", sa.Integer()),
+        sa.Column("offset", sa.BigInteger()),
+        sa.Column("bucket", sa.SmallInteger()),
+        sa.Column("key", _text(KEY_LENGTH)),
+        sa.Column("raw_key", _bytes()),  # only where the key is not text of our length: a foreign producer's
+        sa.Column("type", _text(TYPE_LENGTH)),
+        sa.Column("payload", _bytes()),
+        sa.Column("content_type", _text(255)),
+        sa.Column("headers", _long_text()),
+        sa.Column("created_at", UtcDateTime()),
+        sa.Column("reason", _text(32), nullable=False),
+        sa.Column("exception_type", _text(255)),
+        sa.Column("exception_message", _long_text()),
+        sa.Column("stack", _long_text()),
+        sa.Column("fingerprint", _text(16), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("first_failed_at", UtcDateTime()),
+        sa.Column("dead_at", UtcDateTime(), nullable=False, server_default=_now()),
+        sa.Column("app_version", _text(64)),
+        sa.Column("state", _text(16), nullable=False),
+        sa.Column("closed_at", UtcDateTime()),
+        sa.Column("edited_from", sa.Uuid()),
+        t.primary_key("dead_letter", "id"),
+        sa.UniqueConstraint("consumer", "message_id", "cycle", name=f"{t.prefix}dead_letter_key"),
+        t.index("dead_letter_state", "state", "fingerprint", "dead_at"),
+    )
+
+
+def _audit(t: Tables) -> sa.Table:
+    return t.table(
+        "audit",
+        sa.Column("id", _number(), sa.Identity(), autoincrement=True, nullable=False),
+        sa.Column("at", UtcDateTime(), nullable=False, server_default=_now()),
+        sa.Column("action", _text(32), nullable=False),
+        sa.Column("who", _text(255), nullable=False),
+        sa.Column("why", _long_text()),
+        sa.Column("target", _long_text(), nullable=False),
+        sa.Column("count", sa.Integer(), nullable=False),
+        t.primary_key("audit", "id"),
+        sqlite_autoincrement=True,
+    )
+
+
+def _inbox(t: Tables) -> sa.Table:
+    # The consumer's hottest insert. The index by time is BRIN on PostgreSQL: next to free for rows that come in its order.
+    return t.table(
+        "inbox",
+        sa.Column("consumer", _text(CONSUMER_LENGTH), nullable=False),
+        sa.Column("message_id", sa.Uuid(), nullable=False),
+        sa.Column("outcome", _text(8), nullable=False),
+        sa.Column("cycle", sa.Integer(), nullable=False, server_default=sa.text("0")),
+        sa.Column("processed_at", UtcDateTime(), nullable=False, server_default=_now()),
+        t.primary_key("inbox", "consumer", "message_id"),
+        t.index("inbox_processed_at", "processed_at", postgresql_using="brin"),
+    )
+
+
+def _attempt(t: Tables) -> sa.Table:
+    return t.table(
+        "attempt",
+        sa.Column("consumer", _text(CONSUMER_LENGTH), nullable=False),
+        sa.Column("message_id", sa.Uuid(), nullable=False),
+        sa.Column("cycle", sa.Integer(), nullable=False, server_default=sa.text("0")),
+        sa.Column("topic", _text(TOPIC_LENGTH), nullable=False),
+        sa.Column("partition", sa.Integer()),
+        sa.Column("offset", sa.BigInteger()),
+        sa.Column("key", _text(KEY_LENGTH)),
+        sa.Column("sequence", sa.BigInteger()),
+        sa.Column("attempts", sa.Integer(), nullable=False, server_default=sa.text("0")),
+        sa.Column("state", _text(16), nullable=False),
+        sa.Column("next_attempt_at", UtcDateTime()),
+        sa.Column("first_failed_at", UtcDateTime()),
+        sa.Column("last_failed_at", UtcDateTime()),
+        sa.Column("last_error", _long_text()),
+        # the message itself, where it waits in the database
+        sa.Column("type", _text(TYPE_LENGTH)),
+        sa.Column("payload", _bytes()),
+        sa.Column("content_type", _text(255)),
+        sa.Column("headers", _long_text()),
+        sa.Column("created_at", UtcDateTime()),
+        t.primary_key("attempt", "consumer", "message_id"),
+        t.index("attempt_sequence", "consumer", "key", "sequence"),
+        t.index("attempt_due", "consumer", "state", "next_attempt_at"),
+    )
+
+
+def _sent(t: Tables) -> sa.Table:
+    return t.table(
+        "sent",
+        sa.Column("position", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("topic", _text(TOPIC_LENGTH), nullable=False),
+        sa.Column("partition", sa.Integer()),
+        sa.Column("offset", sa.BigInteger()),
+        sa.Column("sent_at", UtcDateTime(), nullable=False, server_default=_now()),
+        t.primary_key("sent", "position"),
+        t.index("sent_id", "id"),
+        t.index("sent_sent_at", "sent_at", postgresql_using="brin"),
+    )
+
+
+def _lease(t: Tables) -> sa.Table:
+    return t.table(
+        "lease",
+        sa.Column("bucket", sa.SmallInteger(), autoincrement=False, nullable=False),
+        sa.Column("owner", _text(128)),
+        sa.Column("epoch", sa.BigInteger(), nullable=False, server_default=sa.text("0")),
+        sa.Column("expires_at", UtcDateTime()),
+        sa.Column("transactional_id", _text(255)),
+        sa.Column("fence_pending", _long_text()),  # JSON list: transactional ids of previous owners not yet fenced
+        t.primary_key("lease", "bucket"),
+    )
+
+
+def _relay(t: Tables) -> sa.Table:
+    return t.table(
+        "relay",
+        sa.Column("owner", _text(128), nullable=False),
+        sa.Column("host", _text(255), nullable=False),
+        sa.Column("version", _text(64), nullable=False),
+        sa.Column("started_at", UtcDateTime(), nullable=False, server_default=_now()),
+        sa.Column("heartbeat_at", UtcDateTime(), nullable=False, server_default=_now()),
+        sa.Column("state", _long_text()),  # JSON: open circuits and since when, for `outbox status` in another process
+        t.primary_key("relay", "owner"),
+    )
+
+
+def _checkpoint(t: Tables) -> sa.Table:
+    return t.table(
+        "checkpoint",
+        sa.Column("name", _text(128), nullable=False),
+        sa.Column("value", _long_text(), nullable=False),
+        sa.Column("updated_at", UtcDateTime(), nullable=False, server_default=_now()),
+        t.primary_key("checkpoint", "name"),
+    )
+
+
+_MAKERS: Final = {
+    "message": _message,
+    "scheduled": _scheduled,
+    "parked": _parked,
+    "dead_letter": _dead_letter,
+    "audit": _audit,
+    "inbox": _inbox,
+    "attempt": _attempt,
+    "sent": _sent,
+    "lease": _lease,
+    "relay": _relay,
+    "checkpoint": _checkpoint,
+}
+
+
+def tables_for(metadata: sa.MetaData, schema: str | None, prefix: str) -> Tables:
+    """The tables of that schema and prefix on that metadata; asked twice, the same ones. Raises `ConfigurationError`."""
+    if not isinstance(prefix, str) or not re.fullmatch(r"[a-z_][a-z0-9_]{0,30}", prefix):
+        raise ConfigurationError(f"prefix {prefix!r}: it must match [a-z_][a-z0-9_]* and be at most 31 characters long")
+    if schema is not None and (
+        not isinstance(schema, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_$]{0,62}", schema)
+    ):
+        raise ConfigurationError(f"schema {schema!r}: it must be an SQL identifier")
+    mine: dict[tuple[str | None, str], Tables] = metadata.info.setdefault("pyoutbox", {})
+    key = (schema or metadata.schema, prefix)
+    if key not in mine:
+        mine[key] = Tables(metadata, key[0], prefix)
+    return mine[key]
