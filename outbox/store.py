@@ -24,11 +24,6 @@ class Store(Protocol):
     @property
     def dialect(self) -> str: ...
 
-    async def check(self) -> None:
-        """Raises `SchemaMismatch` where there are no tables, or those of another version; else seeds what
-        ``metadata.create_all`` or a bare migration left out."""
-        ...
-
     async def read(
         self, buckets: Collection[int] | None, in_flight: Collection[int], without_topics: Collection[str], limit: int
     ) -> list[Outgoing]:

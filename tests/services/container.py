@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from tests.services.process import LOG_TAIL
 from tests.services.service import Unavailable
 
 ENGINE_TIMEOUT = 5  # seconds to answer a ping
-SOCKETS = ("/var/run/docker.sock", "~/.docker/run/docker.sock", "~/.colima/default/docker.sock")
+TRACES = ("/var/run/docker.sock", "~/.docker/config.json", "~/.testcontainers.properties")
 
 
 class Container:
@@ -78,10 +80,11 @@ class Container:
         """Control over the detached container that another process described with `state`."""
         control = cls("", port=(0, 0), env={}, command=[], detached=True)
         with _quiet():
-            import docker
+            engine = _engine()
+            from docker.errors import NotFound  # type: ignore[import-untyped, unused-ignore]
 
-            with contextlib.suppress(docker.errors.NotFound):
-                control._container = docker.from_env().containers.get(state["container"])
+            with contextlib.suppress(NotFound):
+                control._container = engine.containers.get(state["container"])
         return control
 
     def _status(self) -> str:
@@ -99,37 +102,51 @@ class Container:
             testcontainers_config.ryuk_disabled = True
         inside, outside = self._port
         container = DockerContainer(self._image, env=self._env)
-        # The SDK's own argument: with_bind_ports would publish the port on every interface.
-        container.with_kwargs(ports={f"{inside}/tcp": ("127.0.0.1", outside)})
+        # The docker SDK's form; with_bind_ports knows only ports that are open to every interface.
+        container.ports[f"{inside}/tcp"] = ("127.0.0.1", outside)  # type: ignore[assignment]
         if self._command:
             container.with_command(self._command)
         return container.start().get_wrapped_container()
 
 
 def require_image(image: str) -> None:
-    """Return once a Docker engine has the image, pulled if need be; raise Unavailable if there is none."""
-    local = os.environ.get("DOCKER_HOST") or any(Path(path).expanduser().exists() for path in SOCKETS)
-    if not local:
+    """Return once a local Docker engine has the image, pulled if need be; raise Unavailable without one."""
+    # The SDK takes half a second to import: not for a machine that has never seen Docker.
+    if not os.environ.get("DOCKER_HOST") and not any(Path(path).expanduser().exists() for path in TRACES):
         raise Unavailable("no Docker engine answers")
-    with _quiet():
-        try:
-            import docker
+    with _quiet(), contextlib.closing(_engine()) as engine:
+        from docker.errors import (  # type: ignore[import-untyped, unused-ignore]
+            DockerException,
+            ImageNotFound,
+        )
 
-            client = docker.from_env(timeout=ENGINE_TIMEOUT)
-        except Exception as error:
-            raise Unavailable(f"no Docker engine answers ({error})") from error
-        with contextlib.closing(client):
+        if not engine.api.base_url.startswith(("http+docker://", "http://localhost", "http://127.0.0.1")):
+            raise Unavailable(f"the Docker engine is on another machine ({engine.api.base_url})")
+        try:
+            engine.images.get(image)
+        except ImageNotFound:
+            print(f"pulling the Docker image {image}", file=sys.stderr)
+            engine.api.timeout = 600  # seconds
             try:
-                client.ping()
-                client.api.timeout = 600  # seconds; a pull may take its time
-                client.images.get(image)
-            except docker.errors.ImageNotFound:
-                try:
-                    client.images.pull(image)
-                except Exception as error:
-                    raise Unavailable(f"Docker cannot pull {image} ({error})") from error
-            except Exception as error:
-                raise Unavailable(f"no Docker engine answers ({error})") from error
+                engine.images.pull(image)
+            except DockerException as error:
+                raise Unavailable(f"Docker cannot pull {image} ({error})") from error
+
+
+def _engine() -> Any:
+    """The docker SDK's client, connected as testcontainers does it; raise Unavailable if no engine answers."""
+    try:
+        from testcontainers.core.docker_client import DockerClient
+
+        engine = DockerClient(timeout=ENGINE_TIMEOUT).client
+        engine.ping()
+        return engine
+    except Exception as error:  # the SDK, requests and urllib3 each have their own
+        problem = str(error)
+    # The SDK leaves the socket of a failed attempt to the garbage collector, and some later test would get the
+    # warning about it: collected here, where warnings are off. That takes an error that no longer holds it.
+    gc.collect()
+    raise Unavailable(f"no Docker engine answers ({problem})")
 
 
 @contextlib.contextmanager

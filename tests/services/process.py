@@ -21,7 +21,9 @@ from pathlib import Path
 from signal import SIGCONT, SIGKILL, SIGSTOP, SIGTERM
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]  # it has no stubs of its own
+
+from tests.services.waiting import wait_until
 
 STOP_TIMEOUT = 20.0  # seconds until a server that was asked to end is killed
 LOG_TAIL = 6_000  # characters of log in an error message
@@ -36,6 +38,7 @@ class LocalProcess:
     folder: all the server's data; `discard` removes it.
     user: the user to run it as, where we are root; None for ourselves.
     stop_signal: asks for an orderly end.
+    discard_by_kill: for a server that takes its time over an orderly end and leaves nothing behind without.
     detached: it outlives this process. Otherwise it is killed with it, however this process ends (Linux).
     """
 
@@ -43,6 +46,7 @@ class LocalProcess:
     folder: Path
     user: str | None = None
     stop_signal: int = SIGTERM
+    discard_by_kill: bool = False
     detached: bool = False
     source: str = field(default="local", init=False)
     process: psutil.Process | None = field(default=None, init=False)
@@ -76,9 +80,7 @@ class LocalProcess:
         self.resume()  # a paused process does not hear the signal
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(self.stop_signal)
-        try:
-            process.wait(STOP_TIMEOUT)
-        except psutil.TimeoutExpired:
+        if not wait_until(lambda: not _alive(process), STOP_TIMEOUT):
             self.kill()
 
     def kill(self) -> None:
@@ -86,10 +88,8 @@ class LocalProcess:
         for process in tree:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(SIGKILL)
-        # wait_procs, not wait: children of the server are no children of ours.
-        _, alive = psutil.wait_procs(tree, timeout=STOP_TIMEOUT)
-        if alive:
-            raise RuntimeError(f"still alive after SIGKILL: {alive}")
+        if not wait_until(lambda: not any(_alive(process) for process in tree), STOP_TIMEOUT):
+            raise RuntimeError(f"still alive after SIGKILL: {tree}")
 
     def pause(self) -> None:
         for process in self._tree():
@@ -102,11 +102,7 @@ class LocalProcess:
                 process.send_signal(SIGCONT)
 
     def running(self) -> bool:
-        if self.process is None:
-            return False
-        if isinstance(self.process, psutil.Popen):
-            return self.process.poll() is None  # reaps it, too
-        return self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
+        return self.process is not None and _alive(self.process)
 
     def log(self) -> str:
         try:
@@ -116,6 +112,8 @@ class LocalProcess:
 
     def discard(self) -> None:
         atexit.unregister(self.discard)
+        if not self.discard_by_kill:
+            self.stop()
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -126,12 +124,19 @@ class LocalProcess:
             "created": self.process.create_time(),
             "folder": str(self.folder),
             "stop_signal": int(self.stop_signal),
+            "discard_by_kill": self.discard_by_kill,
         }
 
     @classmethod
     def adopt(cls, state: dict[str, Any]) -> LocalProcess:
         """Control over the detached server that another process described with `state`."""
-        control = cls([], Path(state["folder"]), stop_signal=state["stop_signal"], detached=True)
+        control = cls(
+            [],
+            Path(state["folder"]),
+            stop_signal=state["stop_signal"],
+            discard_by_kill=state["discard_by_kill"],
+            detached=True,
+        )
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(state["pid"])
             # Pids are used again: only the process that started at that time is the server.
@@ -147,6 +152,16 @@ class LocalProcess:
             return [self.process, *self.process.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+
+
+def _alive(process: psutil.Process) -> bool:
+    """Whether it still runs. A zombie does not: it waits for whoever adopted it, and that may take seconds."""
+    if isinstance(process, psutil.Popen):
+        return bool(process.poll() is None)  # reaps it, too
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def new_folder(name: str, *, detached: bool, user: str | None = None) -> Path:

@@ -219,7 +219,7 @@ class Service(ABC, Generic[ServerT]):
         Raise Unavailable if this machine has no such server and may not or cannot install one.
         """
 
-    def obtain(self, options: Options = Options()) -> ServerT:  # noqa: B008 - frozen
+    def obtain(self, options: Options = Options()) -> ServerT:
         """A server that answers, from the first source that has one.
 
         Raise Unavailable if none has, StartFailed if a server broke while starting. A URL in the environment
@@ -230,7 +230,7 @@ class Service(ABC, Generic[ServerT]):
             return self._given(url)
         return self.obtain_own(options)
 
-    def obtain_own(self, options: Options = Options()) -> ServerT:  # noqa: B008 - frozen
+    def obtain_own(self, options: Options = Options()) -> ServerT:
         """The same, but a server of our own, which tests may kill: never the one in the environment."""
         reasons = []
         for source in (self.docker, self.local):
