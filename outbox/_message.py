@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from operator import attrgetter
 from typing import Any, Final, NamedTuple, TypeVar
 
 from outbox.errors import ConfigurationError, EncodingError
@@ -20,6 +21,7 @@ BUCKETS: Final = 64
 TOPIC_LENGTH: Final = 255
 KEY_LENGTH: Final = 255
 TYPE_LENGTH: Final = 255
+CONTENT_TYPE_LENGTH: Final = 255
 
 # Foreign message ids that are not UUIDs are mapped into this namespace (RFC 9562, version 5), so that the inbox's index
 # stays 16 bytes a row.
@@ -75,6 +77,16 @@ _counter = 0
 _lock = threading.Lock()
 
 
+def _unlock_in_child() -> None:
+    """A child forked while another thread held the lock would wait for that thread, which it does not have."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_in_child)
+
+
 def new_id() -> uuid.UUID:
     """A UUID version 7 (RFC 9562, section 5.7): milliseconds, then a 12-bit counter, then random bits.
 
@@ -96,7 +108,8 @@ def new_id() -> uuid.UUID:
 
 
 def message_id(value: uuid.UUID | str) -> uuid.UUID:
-    """The UUID under which the inbox knows a message: a UUID or its text as it is, any other text as UUID version 5."""
+    """The UUID under which the inbox knows a message: a UUID or its text as it is, any other text as UUID version 5.
+    Raises `TypeError`, or `EncodingError` for text that is not UTF-8."""
     if isinstance(value, uuid.UUID):
         return value
     if not isinstance(value, str):
@@ -104,6 +117,7 @@ def message_id(value: uuid.UUID | str) -> uuid.UUID:
     try:
         return uuid.UUID(value)
     except ValueError:
+        _require_utf8(value, "message id")
         return uuid.uuid5(FOREIGN_IDS, value)
 
 
@@ -122,10 +136,13 @@ def key_text(key: Key | _Absent | None, topic: str) -> str | None:
     if key is ABSENT:
         return None
     if isinstance(key, str):
-        text = key
+        text = _plain(key)
     elif isinstance(key, bool):
         raise EncodingError(f"message for {topic!r}: key is a bool; it must be a str, int or UUID")
-    elif isinstance(key, (int, uuid.UUID)):
+    elif isinstance(key, int):
+        # int.__repr__: an IntEnum is its number; longer ones than this many bits Python may refuse to print at all
+        text = int.__repr__(key) if key.bit_length() < KEY_LENGTH * 4 else "9" * KEY_LENGTH * 2
+    elif isinstance(key, uuid.UUID):
         text = str(key)
     elif key is None:
         raise EncodingError(
@@ -134,7 +151,7 @@ def key_text(key: Key | _Absent | None, topic: str) -> str | None:
         )
     else:
         raise EncodingError(f"message for {topic!r}: key is a {type(key).__name__}; it must be a str, int or UUID")
-    if not text or len(text) > KEY_LENGTH:
+    if not 0 < len(text) <= KEY_LENGTH:
         raise EncodingError(
             f"message for {topic!r}: key has {len(text)} characters; between 1 and {KEY_LENGTH} are possible"
         )
@@ -146,40 +163,62 @@ def check_topic(topic: object) -> str:
     """The topic, if it is one: text of 1 to 255 characters. Whether the broker likes it is the transport's to say."""
     if not isinstance(topic, str):
         raise EncodingError(f"topic is a {type(topic).__name__}; it must be a str")
-    if not topic or len(topic) > TOPIC_LENGTH:
+    if not 0 < len(topic) <= TOPIC_LENGTH:
         raise EncodingError(f"topic has {len(topic)} characters; between 1 and {TOPIC_LENGTH} are possible")
     _require_text(topic, "topic")
-    return topic
+    return _plain(topic)
 
 
 def check_type(type_: object, topic: str) -> str | None:
     """The message type, if it is one: None, or text of 1 to 255 characters."""
-    if type_ is None:
-        return None
-    if not isinstance(type_, str) or not 0 < len(type_) <= TYPE_LENGTH:
-        raise EncodingError(f"message for {topic!r}: type must be a str of 1 to {TYPE_LENGTH} characters")
-    _require_text(type_, f"message for {topic!r}: type")
-    return type_
+    return _check_short_text(type_, f"message for {topic!r}: type", TYPE_LENGTH)
 
 
-def check_headers(headers: Mapping[str, str], topic: str) -> Mapping[str, str]:
-    """The headers, if all of them are text."""
+def check_content_type(content_type: object, topic: str) -> str | None:
+    """The content type, if it is one: None, or text of 1 to 255 characters."""
+    return _check_short_text(content_type, f"message for {topic!r}: content_type", CONTENT_TYPE_LENGTH)
+
+
+def check_headers(headers: object, topic: str) -> dict[str, str]:
+    """The headers, if they are a mapping of text to text. No error shows a value: it may be a secret."""
+    if not isinstance(headers, Mapping):
+        raise EncodingError(f"message for {topic!r}: headers are a {type(headers).__name__}; they must be a mapping")
+    checked = {}
     for name, value in headers.items():
         if not isinstance(name, str) or not name:
             raise EncodingError(f"message for {topic!r}: header names are non-empty text, not {type(name).__name__}")
+        _require_text(name, f"message for {topic!r}: a header name")
         if not isinstance(value, str):
             raise EncodingError(
                 f"message for {topic!r}: header {name!r} is a {type(value).__name__}; header values are text"
             )
-        _require_text(name, f"message for {topic!r}: header name")
         _require_text(value, f"message for {topic!r}: header {name!r}")
-    return headers
+        checked[_plain(name)] = _plain(value)
+    return checked
+
+
+def _check_short_text(value: object, what: str, length: int) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not 0 < len(value) <= length:
+        raise EncodingError(f"{what} must be a str of 1 to {length} characters")
+    _require_text(value, what)
+    return _plain(value)
+
+
+def _plain(text: str) -> str:
+    """Text as a plain str: drivers treat subclasses differently (psycopg writes an Enum's name, others its value)."""
+    return text if type(text) is str else str.__str__(text)
 
 
 def _require_text(text: str, what: str) -> None:
     """PostgreSQL stores no NUL, and a lone surrogate is not UTF-8: found here, in the app's transaction."""
     if "\x00" in text:
         raise EncodingError(f"{what} contains a NUL character")
+    _require_utf8(text, what)
+
+
+def _require_utf8(text: str, what: str) -> None:
     if not text.isascii():
         try:
             text.encode()
@@ -198,6 +237,7 @@ class Declaration:
 
 
 T = TypeVar("T")
+_Class = type  # `event` has an argument of that name
 _DECLARED: Final = "__outbox_event__"
 
 
@@ -213,29 +253,27 @@ def event(
     Raises `ConfigurationError` for an empty topic or type, and if ``key`` names nothing that the class has.
     """
     try:
-        check_topic(topic)
-        check_type(type, topic)
+        topic = check_topic(topic)
+        checked = check_type(type, topic)
     except EncodingError as error:
         raise ConfigurationError(f"@event: {error}") from None
-    if not isinstance(type, str):
+    if checked is None:
         raise ConfigurationError(f"@event({topic!r}): type is required; it names the message on the wire")
-    if not isinstance(version, int) or version < 1:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ConfigurationError(f"@event({topic!r}, type={type!r}): version must be an int from 1 on")
+    if key is not None and not isinstance(key, str) and not callable(key):
+        raise ConfigurationError(f"@event({topic!r}, type={type!r}): key is the name of an attribute, or a function")
 
-    def declare(cls: type[T]) -> type[T]:
-        read: Callable[[Any], Key | None] | None
+    def declare(cls: _Class[T]) -> _Class[T]:
+        if not isinstance(cls, _Class):
+            raise ConfigurationError(f"@event({topic!r}, type={type!r}) declares a class, not {cls!r}")
         if isinstance(key, str):
-            names = {*getattr(cls, "__annotations__", ()), *dir(cls)}
+            names = set(dir(cls))
             for base in cls.__mro__:
                 names.update(getattr(base, "__annotations__", ()))
             if key not in names:
                 raise ConfigurationError(f"@event({topic!r}, type={type!r}): {cls.__name__} has no attribute {key!r}")
-            from operator import attrgetter
-
-            read = attrgetter(key)
-        else:
-            read = key
-        setattr(cls, _DECLARED, Declaration(topic, type, read, version))
+        setattr(cls, _DECLARED, Declaration(topic, checked, attrgetter(key) if isinstance(key, str) else key, version))
         return cls
 
     return declare

@@ -29,8 +29,9 @@ class Codec(Protocol):
 
 class JsonCodec:
     """JSON as this library promises it: ``datetime`` ISO 8601, ``Decimal`` and ``UUID`` as strings, ``Enum`` by value,
-    ``bytes`` base64, dataclasses, attrs, msgspec and pydantic objects by their fields. NaN and infinities, which JSON does
-    not have, are refused inside pydantic models by pydantic's own rules and become ``null`` elsewhere.
+    ``bytes`` base64, dataclasses, attrs and msgspec objects by their fields, pydantic models by pydantic's own rules and
+    under their aliases, so that what is written can be read back. NaN and infinities, which JSON does not have, become
+    ``null``.
     """
 
     def encode(self, payload: Any, topic: str) -> tuple[bytes, str]:
@@ -64,9 +65,15 @@ def _load() -> Callable[[Any], bytes]:
 def _foreign(value: Any) -> Any:
     """What msgspec does not know: pydantic models, and classes of other libraries that subclass a plain type."""
     dump = getattr(value, "model_dump", None)
-    if dump is not None:
-        return dump(mode="json")
-    for plain in (str, int, float, dict, list):
+    if dump is not None and not isinstance(value, type):
+        try:
+            return dump(mode="json", by_alias=True)
+        except Exception as error:
+            # what the user's serializers raise can quote the payload
+            raise TypeError(f"{type(value).__name__}.model_dump raised {type(error).__name__}") from error
+    if isinstance(value, str):
+        return str.__str__(value)
+    for plain in (int, float, dict, list):
         if isinstance(value, plain):
             return plain(value)
     raise TypeError(f"objects of type {type(value).__name__} have no JSON form")
@@ -84,13 +91,19 @@ def encode(payload: Any, topic: str, content_type: str | None, codec: Codec) -> 
     try:
         data, natural = codec.encode(payload, topic)
     except Exception as error:
-        # The driver's text can quote the payload, so only its class and a type name of ours go into the message.
-        detail = str(error) if isinstance(error, (TypeError, OverflowError, RecursionError)) else type(error).__name__
-        raise EncodingError(
-            f"message for {topic!r}: the payload (a {type(payload).__name__}) cannot be encoded: {detail}. "
-            "Nothing was added to the transaction."
-        ) from error
+        # The text of an error can quote the payload: only texts that are known not to (ours, msgspec's) are shown.
+        known = codec is DEFAULT and isinstance(error, (TypeError, OverflowError, RecursionError))
+        raise _refused(payload, topic, str(error) if known else type(error).__name__) from error
+    if not isinstance(data, bytes) or not isinstance(natural, str):
+        raise _refused(payload, topic, f"{type(codec).__name__}.encode must return (bytes, content type)")
     return data, content_type or natural
+
+
+def _refused(payload: object, topic: str, why: str) -> EncodingError:
+    return EncodingError(
+        f"message for {topic!r}: the payload (a {type(payload).__name__}) cannot be encoded: {why}. "
+        "Nothing was added to the transaction."
+    )
 
 
 def decode(payload: bytes | None, content_type: str | None, into: Any, codec: Codec) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.schema import conv
 from sqlalchemy.sql.expression import FunctionElement
 
 from outbox._message import BUCKETS, KEY_LENGTH, TOPIC_LENGTH, TYPE_LENGTH
@@ -24,11 +25,34 @@ SCHEMA_VERSION: Final = 1
 CONSUMER_LENGTH: Final = 128
 
 
+class UtcDateTime(sa.types.TypeDecorator[dt.datetime]):
+    """An instant. Aware in Python; ``timestamptz`` on PostgreSQL, UTC without a zone where the database has none."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
+        if dialect.name in ("mysql", "mariadb"):
+            return dialect.type_descriptor(mysql.DATETIME(fsp=6))
+        return dialect.type_descriptor(sa.DateTime(timezone=True))
+
+    def process_bind_param(self, value: dt.datetime | None, dialect: sa.Dialect) -> dt.datetime | None:
+        if value is None or dialect.name == "postgresql":
+            return value
+        return value.astimezone(dt.UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: dt.datetime | None, dialect: sa.Dialect) -> dt.datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
+
+
 class clock(FunctionElement[dt.datetime]):
     """The database's clock now, plus some seconds: ``clock()``, ``clock(30)``. Never the application's clock."""
 
     inherit_cache = True
     name = "outbox_clock"
+    type = UtcDateTime()
 
     def __init__(self, seconds: float = 0) -> None:
         super().__init__(sa.literal(seconds, sa.Float()))
@@ -55,6 +79,7 @@ class _now(FunctionElement[dt.datetime]):
 
     inherit_cache = True
     name = "outbox_now"
+    type = UtcDateTime()
 
 
 @compiles(_now)
@@ -70,28 +95,6 @@ def _now_sqlite(element: _now, compiler: Any, **kw: Any) -> str:
 @compiles(_now, "mysql", "mariadb")
 def _now_mysql(element: _now, compiler: Any, **kw: Any) -> str:
     return "(utc_timestamp(6))"
-
-
-class UtcDateTime(sa.types.TypeDecorator[dt.datetime]):
-    """An instant. Aware in Python; ``timestamptz`` on PostgreSQL, UTC without a zone where the database has none."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
-        if dialect.name in ("mysql", "mariadb"):
-            return dialect.type_descriptor(mysql.DATETIME(fsp=6))
-        return dialect.type_descriptor(sa.DateTime(timezone=True))
-
-    def process_bind_param(self, value: dt.datetime | None, dialect: sa.Dialect) -> dt.datetime | None:
-        if value is None or dialect.name == "postgresql":
-            return value
-        return value.astimezone(dt.UTC).replace(tzinfo=None)
-
-    def process_result_value(self, value: dt.datetime | None, dialect: sa.Dialect) -> dt.datetime | None:
-        if value is None:
-            return None
-        return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
 
 
 def insert_if_absent(table: sa.Table, dialect: str) -> sa.Insert:
@@ -175,16 +178,24 @@ class Tables:
         return sa.Table(self.prefix + name, self.metadata, *args, schema=self.schema, **kw)
 
     def primary_key(self, name: str, *columns: str) -> sa.PrimaryKeyConstraint:
-        return sa.PrimaryKeyConstraint(*columns, name=f"{self.prefix}{name}_pkey")
+        return sa.PrimaryKeyConstraint(*columns, name=self._name(f"{name}_pkey"))
+
+    def unique(self, name: str, *columns: str) -> sa.UniqueConstraint:
+        return sa.UniqueConstraint(*columns, name=self._name(f"{name}_key"))
 
     def index(self, name: str, *columns: str, **kw: Any) -> sa.Index:
-        return sa.Index(f"{self.prefix}{name}_idx", *columns, **kw)
+        return sa.Index(self._name(f"{name}_idx"), *columns, **kw)
 
+    def _name(self, name: str) -> str:
+        # conv: also a convention with %(constraint_name)s, which rewrites explicit names, leaves this one alone
+        return conv(self.prefix + name)
+
+    # The target, not self.checkpoint: Table.to_metadata copies these listeners to a table that may be elsewhere.
     def _seed_checkpoint(self, target: sa.Table, connection: sa.Connection, **kw: Any) -> None:
-        connection.execute(self.checkpoint.insert(), self.seeds())
+        connection.execute(target.insert(), self.seeds())
 
     def _seed_leases(self, target: sa.Table, connection: sa.Connection, **kw: Any) -> None:
-        connection.execute(self.lease.insert(), [{"bucket": bucket} for bucket in range(BUCKETS)])
+        connection.execute(target.insert(), [{"bucket": bucket} for bucket in range(BUCKETS)])
 
     @staticmethod
     def seeds() -> list[dict[str, str]]:
@@ -269,7 +280,7 @@ def _dead_letter(t: Tables) -> sa.Table:
         sa.Column("closed_at", UtcDateTime()),
         sa.Column("edited_from", sa.Uuid()),
         t.primary_key("dead_letter", "id"),
-        sa.UniqueConstraint("consumer", "message_id", "cycle", name=f"{t.prefix}dead_letter_key"),
+        t.unique("dead_letter", "consumer", "message_id", "cycle"),
         t.index("dead_letter_state", "state", "fingerprint", "dead_at"),
     )
 
@@ -406,8 +417,16 @@ def tables_for(metadata: sa.MetaData, schema: str | None, prefix: str) -> Tables
         not isinstance(schema, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_$]{0,62}", schema)
     ):
         raise ConfigurationError(f"schema {schema!r}: it must be an SQL identifier")
+    schema = schema or metadata.schema
     mine: dict[tuple[str | None, str], Tables] = metadata.info.setdefault("pyoutbox", {})
-    key = (schema or metadata.schema, prefix)
-    if key not in mine:
-        mine[key] = Tables(metadata, key[0], prefix)
-    return mine[key]
+    known = mine.get((schema, prefix))
+    if known is None or known.message.key not in metadata.tables:  # metadata.clear() drops tables, not info
+        names = [f"{schema}.{prefix}{name}" if schema else prefix + name for name in _MAKERS]
+        taken = [name for name in names if name in metadata.tables]
+        if taken:
+            raise ConfigurationError(
+                f"the metadata has a table {taken[0]!r} already, which is not pyoutbox's: choose another prefix, "
+                "or create the Outbox before metadata.reflect()"
+            )
+        known = mine[schema, prefix] = Tables(metadata, schema, prefix)
+    return known

@@ -188,8 +188,9 @@ class Relay:
                 if task.done() and not task.cancelled():
                     task.result()
         finally:
-            for task in (beating, flowing, stopping):
-                task.cancel()
+            stopping.cancel()
+            beating.cancel()
+            flowing.cancel()
             await asyncio.gather(beating, flowing, stopping, return_exceptions=True)
             await transport.close(abort=not clean)
             with contextlib.suppress(StoreUnavailable):  # then the leases expire by themselves

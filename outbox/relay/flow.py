@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from outbox._message import Outgoing
 from outbox.backoff import Backoff
@@ -211,8 +212,8 @@ class Flow:
         lane.append(row)
         return False
 
-    def spawn(self, work: Callable[[], object] | object) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[arg-type]
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._publishing.add(task)
         task.add_done_callback(self._published)
 
@@ -269,14 +270,16 @@ class Flow:
         failed = [(row, o) for row, o in zip(rows, outcomes, strict=True) if o.kind in ("retry", "reject")]
         if failed:
             waiting = self._lanes_of([row for row, o in failed if o.kind == "retry"])
-            await self.guarded(self.retrying.failed(failed, waiting), [*(row for row, _ in failed), *waiting], generation)
+            await self.guarded(
+                self.retrying.failed(failed, waiting), [*(row for row, _ in failed), *waiting], generation
+            )
             if generation == self._generation:
                 self._next_in_lanes([row for row, o in failed if o.kind == "reject"])
 
-    async def guarded(self, work: object, rows: Sequence[Outgoing], generation: int) -> None:
+    async def guarded(self, work: Awaitable[None], rows: Sequence[Outgoing], generation: int) -> None:
         """A transaction about these rows. If it fails they are forgotten and read again, by whoever owns them then."""
         try:
-            await work  # type: ignore[misc]
+            await work
         except LeaseLost as error:
             log.warning("%s: its messages are left to the new owner", error)
             self.forget(str(error))

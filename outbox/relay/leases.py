@@ -112,9 +112,7 @@ def _renew(
         )
     connection.execute(sa.update(lease).where(lease.c.owner == owner).values(expires_at=clock(ttl)))
     connection.execute(sa.delete(relay).where(relay.c.heartbeat_at < clock(-10 * ttl), relay.c.owner != owner))
-    alive = connection.scalar(
-        sa.select(sa.func.count()).select_from(relay).where(relay.c.heartbeat_at >= clock(-ttl))
-    )
+    alive = connection.scalar(sa.select(sa.func.count()).select_from(relay).where(relay.c.heartbeat_at >= clock(-ttl)))
     share = -(-BUCKETS // max(1, alive or 1))
     mine = _owned(connection, tables, owner)
     if take and len(mine) < share:

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from outbox import encoding, wire
 from outbox._message import Outgoing
 from outbox.dead_letters.record import Failure, write_relay
+from outbox.errors import DecodingError
 from outbox.tables import BODY, Tables, clock
 
 ParkedKey = tuple[str, str]
@@ -37,7 +38,9 @@ def load_keys(connection: sa.Connection, tables: Tables, buckets: Sequence[int])
     """The parked keys of these buckets. To be asked after their leases have committed."""
     parked = tables.parked
     rows = connection.execute(
-        sa.select(parked.c.topic, parked.c.key).where(parked.c.bucket.in_(buckets), parked.c.key.is_not(None)).distinct()
+        sa.select(parked.c.topic, parked.c.key)
+        .where(parked.c.bucket.in_(buckets), parked.c.key.is_not(None))
+        .distinct()
     )
     return {(topic, key) for topic, key in rows}
 
@@ -182,7 +185,7 @@ def _promote(connection: sa.Connection, tables: Tables, row: Outgoing) -> bool:
 def _headers(row: Outgoing) -> dict[str, str]:
     try:
         return encoding.load_headers(row.headers)
-    except encoding.DecodingError:
+    except DecodingError:
         return {}  # a row written by hand: the dead letter keeps the text as it is
 
 

@@ -172,5 +172,3 @@ class Retrying:
         delay = flow.limits.backoff.delay(attempts + 1)
         await flow.store.run(lambda c: parking.failed_again(c, tables, fence, row, outcome.reason, delay))
         return True
-
-

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, Final, LiteralString, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 
 from outbox._message import Outgoing
 from outbox.errors import StoreUnavailable
@@ -87,7 +88,7 @@ class PostgresqlStore:
     def __init__(self, tables: Tables, engine: sa.Engine | AsyncEngine) -> None:
         self.tables = tables
         self._runner = Runner(engine)
-        name = sa.dialects.postgresql.dialect().identifier_preparer.format_table(tables.message)  # type: ignore[no-untyped-call]
+        name = postgresql.dialect().identifier_preparer.format_table(tables.message)
         name = name.replace("%", "%%")
         self._read_sql = READ.format(message=name)
         self._settle_sql = SETTLE.format(message=name)
@@ -126,7 +127,7 @@ class PostgresqlStore:
                 floor.look(*cast("tuple[int, int]", row))
             sweep = now - self._swept >= SWEEP
             parameters["start"] = 0 if sweep else floor.position
-            query = cast("LiteralString", self._read_sql.format(and_=and_))
+            query: Any = self._read_sql.format(and_=and_)
             cursor = reader.cursor(binary=True)
             await cursor.execute(query, parameters, prepare=not in_flight)
             rows = await cursor.fetchall()
@@ -140,8 +141,9 @@ class PostgresqlStore:
 
     async def settle(self, positions: Sequence[int]) -> int:
         try:
+            sql: Any = self._settle_sql  # ours, and the name is checked: psycopg types ask for a literal
             settler = self._settler or await self._open("_settler")
-            cursor = await settler.execute(cast("LiteralString", self._settle_sql), (list(positions),), binary=True)
+            cursor = await settler.execute(sql, (list(positions),), binary=True)
         except BaseException as error:
             await self._lost(error)
             raise
@@ -176,4 +178,6 @@ class PostgresqlStore:
         import psycopg
 
         if isinstance(error, psycopg.Error):
-            raise StoreUnavailable(f"PostgreSQL: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}") from error
+            raise StoreUnavailable(
+                f"PostgreSQL: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
+            ) from error

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
 
 from outbox._message import Outgoing
 from outbox.stores._run import Runner
@@ -35,7 +36,7 @@ class SqliteStore:
     def __init__(self, tables: Tables, engine: sa.Engine | AsyncEngine) -> None:
         self.tables = tables
         self._runner = Runner(engine)
-        self._table = sa.dialects.sqlite.dialect().identifier_preparer.format_table(tables.message)  # type: ignore[no-untyped-call]
+        self._table = sqlite.dialect().identifier_preparer.format_table(tables.message)
         self._start = 0
         self._rewound = 0
 
@@ -56,7 +57,7 @@ class SqliteStore:
         rewound = self._rewound
         while True:
             parameters = (self._start, *filters, limit)
-            rows = await self.run(lambda connection, p=parameters: connection.exec_driver_sql(statement, p).fetchall())
+            rows = await self.run(lambda c, p=parameters: c.exec_driver_sql(statement, p).fetchall())  # type: ignore[misc]
             if rows and rewound == self._rewound:
                 self._start = rows[-1][0]
             # rows in flight lie above the start only after a rewind

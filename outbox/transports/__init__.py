@@ -3,7 +3,7 @@ entries are named for their scheme and load to a function from the URL to a `Tra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Final
 
@@ -80,5 +80,5 @@ def _from_entry_point(scheme: str, url: str) -> Transport:
     return build(url)
 
 
-def _known(offered: dict[str, object] | dict[str, object]) -> str:
+def _known(offered: Iterable[str]) -> str:
     return ", ".join(sorted({*_BUILT_IN, *offered}))

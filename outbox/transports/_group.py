@@ -6,7 +6,7 @@ does not `beat` within its session is forgotten, and its partitions go to the ot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -20,7 +20,7 @@ class Member:
     topics: frozenset[str]
     session: float
     """Seconds without a beat after which it counts as dead."""
-    expires: float
+    expires: float = 0.0
     """Seconds, by a clock that all members share."""
 
     def dead(self, now: float) -> bool:
@@ -34,8 +34,18 @@ class Share:
 
     owner: str | None = None
     """The member's name."""
+    epoch: int = 0
+    """Grows with each new owner: a member that lost a partition and has it again must notice."""
     position: int = 0
     """The offset of the first message that is not known to be done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """What a member has of a partition."""
+
+    epoch: int
+    position: int
 
 
 class Replaced(Exception):
@@ -47,65 +57,66 @@ class Group:
     members: dict[str, Member] = field(default_factory=dict)
     shares: dict[TopicPartition, Share] = field(default_factory=dict)
 
-    def join(self, name: str, member: Member) -> None:
+    def join(self, name: str, member: Member, now: float) -> None:
         """Be a member from now on. Under the name of a member that is there (a static one that was killed): be that one,
-        and have its partitions at once."""
+        and have its partitions at once. They count as newly owned."""
+        member.expires = now + member.session
         self.members[name] = member
+        for share in self.shares.values():
+            if share.owner == name:
+                share.epoch += 1
 
     def beat(
         self, name: str, member: Member, now: float, partitions: Mapping[str, int]
-    ) -> tuple[dict[TopicPartition, int], frozenset[TopicPartition]]:
+    ) -> tuple[dict[TopicPartition, Owned], frozenset[TopicPartition]]:
         """Stay a member. ``partitions``: how many each topic has.
 
-        Returns what the member owns now, with the positions to start from, and which of those it should give up, by
-        `release`, so that all have even shares. A member that had been forgotten joins again.
-        Raises `Replaced`.
+        Returns what the member owns now, and which of that it should give up, by `commit`, so that all have even shares.
+        A member that had been forgotten is one again. Raises `Replaced`.
         """
-        known = self.members.get(name)
-        if known is not None and known.life != member.life:
+        known = self.members.setdefault(name, member)
+        if known.life != member.life:
             raise Replaced
-        self.members[name] = known = known or member
-        known.topics = member.topics
         if known.expires - now < known.session * 2 / 3 or known.dead(now):
             known.expires = now + known.session  # not each time: it is a write
         for other in [other for other, found in self.members.items() if found.dead(now)]:
             del self.members[other]
-        for share in self.shares.values():
-            if share.owner is not None and share.owner not in self.members:
-                share.owner = None
         for topic, count in partitions.items():
             for partition in range(count):
                 self.shares.setdefault((topic, partition), Share())
+        for share in self.shares.values():
+            if share.owner not in self.members:
+                share.owner = None
         wanted = even_shares(
             {other: found.topics for other, found in self.members.items()},
             {place: share.owner for place, share in self.shares.items()},
         )
-        give_up = set()
-        owned = {}
+        owned, give_up = {}, set()
         for place, share in self.shares.items():
             if share.owner is None and wanted.get(place) == name:
                 share.owner = name
+                share.epoch += 1
             if share.owner == name:
-                owned[place] = share.position
+                owned[place] = Owned(share.epoch, share.position)
                 if wanted.get(place) != name:
                     give_up.add(place)
         return owned, frozenset(give_up)
 
     def commit(
-        self, name: str, life: str, positions: Mapping[TopicPartition, int], release: Iterable[TopicPartition] = ()
+        self, name: str, life: str, done: Mapping[TopicPartition, Owned], release: Iterable[TopicPartition] = ()
     ) -> frozenset[TopicPartition]:
         """Store positions of partitions that the member owns, then give ``release`` up. Returns those that were not
         stored, because it does not own them any more."""
         member = self.members.get(name)
         if member is None or member.life != life:
-            return frozenset(positions)
+            return frozenset(done)
         refused = set()
-        for place, position in positions.items():
+        for place, state in done.items():
             share = self.shares.get(place)
-            if share is None or share.owner != name:
+            if share is None or share.owner != name or share.epoch != state.epoch:
                 refused.add(place)
             else:
-                share.position = position
+                share.position = state.position
         for place in release:
             share = self.shares.get(place)
             if share is not None and share.owner == name:
@@ -127,29 +138,34 @@ def even_shares(
 ) -> dict[TopicPartition, str]:
     """Who should own which partition: counts that differ by one at most (as far as the members' topics allow), with as
     few changes as that takes. The same for whoever computes it."""
-    wanted: dict[TopicPartition, str] = {}
     owned: dict[str, list[TopicPartition]] = {name: [] for name in sorted(members)}
+    free = []
     for place in sorted(owners):
         owner = owners[place]
         if owner is not None and place[0] in members.get(owner, ()):
             owned[owner].append(place)
-    for place in sorted(owners):
+        else:
+            free.append(place)
+
+    def poorest(place: TopicPartition) -> str | None:
         takers = [name for name in owned if place[0] in members[name]]
-        if takers and not any(place in owned[name] for name in takers if owners[place] == name):
-            owned[min(takers, key=lambda name: len(owned[name]))].append(place)
-    moved = True
-    while moved:
-        moved = False
-        for rich in sorted(owned, key=lambda name: -len(owned[name])):
-            for place in reversed(owned[rich]):
-                takers = [name for name in owned if place[0] in members[name]]
-                poor = min(takers, key=lambda name: len(owned[name]))
-                if len(owned[poor]) + 1 < len(owned[rich]):
-                    owned[rich].remove(place)
-                    owned[poor].append(place)
-                    moved = True
-                    break
-    for name, places in owned.items():
-        for place in places:
-            wanted[place] = name
-    return wanted
+        return min(takers, key=lambda name: len(owned[name]), default=None)
+
+    for place in free:
+        taker = poorest(place)
+        if taker is not None:
+            owned[taker].append(place)
+    while _move_one(owned, poorest):
+        pass
+    return {place: name for name, places in owned.items() for place in places}
+
+
+def _move_one(owned: dict[str, list[TopicPartition]], poorest: Callable[[TopicPartition], str | None]) -> bool:
+    for rich in sorted(owned, key=lambda name: -len(owned[name])):
+        for place in reversed(owned[rich]):
+            taker = poorest(place)
+            if taker is not None and len(owned[taker]) + 1 < len(owned[rich]):
+                owned[rich].remove(place)
+                owned[taker].append(place)
+                return True
+    return False

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Progress(NamedTuple):
+    """How far a partition is done without a gap."""
+
+    position: int
+    """The offset below which all is done: what a broker stores."""
+    rows: int
+    """How many rows that is since the assignment; offsets have holes, so it cannot be told from them."""
 
 
 class Offsets:
-    """One partition in one assignment. Acknowledgements come in any order; `position` moves over a gapless run of them
+    """One partition in one assignment. Acknowledgements come in any order; `progress` moves over a gapless run of them
     only, so that a crash redelivers some messages that were done and never skips one that was not.
 
     Offsets increase, with holes where a log was compacted or holds transaction markers.
@@ -15,13 +25,13 @@ class Offsets:
     __slots__ = ("_end", "_handed_out", "_unacked", "committed")
 
     def __init__(self, start: int) -> None:
-        """``start``: the offset at which reading begins, everything below it is committed."""
+        """``start``: the offset at which reading begins; all below it is committed."""
         self._end = start
-        # offset -> how many were handed out before it. In order of the offsets, because they are put in increasing.
+        # offset -> how many were handed out before it; in the order of the offsets, because that is how they are put in.
         self._unacked: dict[int, int] = {}
         self._handed_out = 0
-        self.committed = start
-        """What the broker is known to have stored: the reader's business, see `dirty`."""
+        self.committed = Progress(start, 0)
+        """What the broker is known to have stored; set by whoever commits, to what `progress` was when it did."""
 
     def hand_out(self, offset: int) -> int:
         """This offset is given to the consumer. Returns how many were before it in this assignment."""
@@ -39,9 +49,16 @@ class Offsets:
             pop(offset, None)
 
     @property
-    def position(self) -> int:
-        """The offset up to which, itself excluded, all is done: what may be committed."""
-        return next(iter(self._unacked), self._end)
+    def progress(self) -> Progress:
+        """How far all is done. To commit: keep it, commit its position, then set `committed` to it."""
+        for offset, before in self._unacked.items():
+            return Progress(offset, before)
+        return Progress(self._end, self._handed_out)
+
+    @property
+    def dirty(self) -> bool:
+        """Whether there is something to commit."""
+        return self.progress.position != self.committed.position
 
     @property
     def end(self) -> int:
@@ -50,16 +67,10 @@ class Offsets:
 
     @property
     def unacked(self) -> int:
-        """Rows handed out and not done."""
+        """Rows that are handed out and not done."""
         return len(self._unacked)
 
     @property
-    def span(self) -> int:
-        """Rows handed out from the first that is not done on, done ones among them: what a crash would redeliver
-        at the most, once `position` is committed."""
-        first = next(iter(self._unacked.values()), None)
-        return 0 if first is None else self._handed_out - first
-
-    @property
-    def dirty(self) -> bool:
-        return self.position != self.committed
+    def uncommitted(self) -> int:
+        """Rows that are handed out and not known to be committed, done or not: what a crash would redeliver."""
+        return self._handed_out - self.committed.rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Collection
 from typing import Final
 
@@ -20,6 +21,8 @@ class Pipeline:
     """
 
     def __init__(self) -> None:
+        # A log finds a failure in its own thread, while calls enter and leave in the loop's.
+        self._lock = threading.Lock()
         self._entered = 0
         self._failing: dict[str, int] = {}
         """How many calls that failed the topic have not returned."""
@@ -28,18 +31,18 @@ class Pipeline:
 
     def enter(self) -> int:
         """A call begins; its number. To be taken before the first await of the call."""
-        self._entered += 1
-        return self._entered
+        with self._lock:
+            self._entered += 1
+            return self._entered
 
     def blocked(self, call: int, topic: str) -> bool:
         """Whether the topic failed before, so that this call must not send to it. `EVERYTHING` is asked for by itself."""
-        if not self._failing and not self._closed_until:
-            return False
         return topic in self._failing or call <= self._closed_until.get(topic, 0)
 
     def fail(self, topic: str) -> None:
         """The topic fails in a call, from now on. Once a call and topic; `leave` gets the same topics."""
-        self._failing[topic] = self._failing.get(topic, 0) + 1
+        with self._lock:
+            self._failing[topic] = self._failing.get(topic, 0) + 1
 
     def leave(self, failed: Collection[str]) -> None:
         """The call returns, having failed these topics."""
@@ -49,13 +52,14 @@ class Pipeline:
             loop.call_soon(loop.call_soon, self._left, tuple(failed))
 
     def _left(self, failed: tuple[str, ...]) -> None:
-        for topic in failed:
-            still = self._failing[topic] - 1
-            if still:
-                self._failing[topic] = still
-            else:
-                del self._failing[topic]
-            self._closed_until[topic] = self._entered
-        if len(self._closed_until) > 1000:  # names of topics that do not exist
-            recent = self._entered - 1000  # more calls than that are never under way
-            self._closed_until = {topic: call for topic, call in self._closed_until.items() if call > recent}
+        with self._lock:
+            for topic in failed:
+                still = self._failing[topic] - 1
+                if still:
+                    self._failing[topic] = still
+                else:
+                    del self._failing[topic]
+                self._closed_until[topic] = self._entered
+            if len(self._closed_until) > 1000:  # names of topics that do not exist
+                recent = self._entered - 1000  # more calls than that are never under way
+                self._closed_until = {topic: call for topic, call in self._closed_until.items() if call > recent}

@@ -16,6 +16,7 @@ _PARAMETER: Final = re.compile(r"([?&])([^=&#]*)=([^&#]*)")
 _HOSTS: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:,\[\]/]+)(:\d+)?(,(\[[0-9A-Fa-f:.]+\]|[^:,\[\]/]+)(:\d+)?)*")
 
 T = TypeVar("T")
+D = TypeVar("D")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +27,12 @@ class Url:
     hosts: str = ""
     """``host:port,host:port`` as it was written, without the user."""
     path: str = ""
-    """What follows the hosts, with its leading slash; for ``local:relative.db``, which has no ``//``, what follows the colon."""
+    """What follows the hosts, with its leading slash; of ``local:relative.db``, which has no ``//``, all after the colon."""
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     parameters: Mapping[str, str] = field(default_factory=dict, repr=False)
 
-    def parameter(self, name: str, default: T, read: Callable[[str], T]) -> T:
+    def parameter(self, name: str, default: D, read: Callable[[str], T]) -> T | D:
         """One parameter as ``read`` sees it. Raises `ConfigurationError` that names it where ``read`` raises ValueError."""
         text = self.parameters.get(name)
         if text is None:

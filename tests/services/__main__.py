@@ -56,6 +56,7 @@ def start(service: Service[Any]) -> bool:
             return False
         state = {"url": server.url, "source": server.control.source, **server.control.state()}
         _file(service).write_text(json.dumps(state, indent=2))
+        _say(f"{service.name}: started ({server.control.source})")
     _print_export(service, server)
     return True
 

@@ -9,20 +9,31 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import pytest
 
-from tests.services import KAFKA, POSTGRESQL, PostgresqlServer, Server, Service, Unavailable
+from tests.services import KAFKA, POSTGRESQL, SERVICES, PostgresqlServer, Server, Service, Unavailable
 
 ServerT = TypeVar("ServerT", bound=Server)
+
+INSTALL_TIMEOUT = 900  # seconds for the first test that needs a service, which on a new machine installs it
 
 MISSING = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[MISSING] = {}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Allow the first test that needs a service the time to have it installed: pytest-timeout counts fixtures."""
+    to_start = set(SERVICES)
+    for item in session.items:
+        if needed := to_start.intersection(getattr(item, "fixturenames", ())):
+            to_start -= needed
+            item.add_marker(pytest.mark.timeout(INSTALL_TIMEOUT), append=False)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -37,13 +48,25 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def or_skip(config: pytest.Config, service: Service[ServerT], obtain: Callable[[], ServerT]) -> ServerT:
     """What `obtain` returns; where the service is unavailable, skip, or fail with CI=true."""
     try:
-        return obtain()
+        with _uncaptured(config):
+            return obtain()
     except Unavailable as reason:
         text = f"{service.name}: {reason}. To run its tests: {service.how_to_get}."
         config.stash[MISSING][service.name] = text
         if os.environ.get("CI", "").lower() in ("1", "true"):
             pytest.fail(text, pytrace=False)
-        pytest.skip(f"no {service.name} on this machine: {reason}")
+        pytest.skip(f"no {service.name} on this machine")
+
+
+@contextmanager
+def _uncaptured(config: pytest.Config) -> Iterator[None]:
+    """Let through what is printed: whoever waits for an install is to see it."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+    if capture is None:
+        yield
+        return
+    with capture.global_and_fixture_disabled():
+        yield
 
 
 def _session(config: pytest.Config, service: Service[ServerT]) -> Iterator[ServerT]:
@@ -98,12 +121,17 @@ def postgresql_url(postgresql: PostgresqlServer) -> Iterator[str]:
     """The URL (`postgresql://user@host:port/name`) of a fresh, empty database, dropped after the test."""
     url = postgresql.create_database()
     yield url
+    if postgresql.ours:
+        postgresql.recover()  # the test may have killed it, and `killable_postgresql` may be torn down later
     postgresql.drop_database(url)
 
 
 @pytest.fixture
 def killable_postgresql(own_servers: OwnServers, postgresql: PostgresqlServer) -> Iterator[PostgresqlServer]:
-    """A PostgreSQL that the test may stop, kill, pause and restart; it answers again after the test."""
+    """A PostgreSQL that the test may stop, kill, pause and restart; it answers again after the test.
+
+    Not always the server of `postgresql_url`: a database comes from its `create_database()`.
+    """
     yield from own_servers.lend(POSTGRESQL, postgresql)
 
 
@@ -121,7 +149,10 @@ def kafka_url(kafka: Server) -> str:
 
 @pytest.fixture
 def killable_kafka(own_servers: OwnServers, kafka: Server) -> Iterator[Server]:
-    """A Kafka that the test may stop, kill, pause and restart; it answers again after the test."""
+    """A Kafka that the test may stop, kill, pause and restart; it answers again after the test.
+
+    Not always the server of `kafka_url`: its address is its `url`.
+    """
     yield from own_servers.lend(KAFKA, kafka)
 
 

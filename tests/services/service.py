@@ -12,7 +12,6 @@ To add a service, write one file with a subclass of `Service` and name it in `te
 from __future__ import annotations
 
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -242,7 +241,6 @@ class Service(ABC, Generic[ServerT]):
             server = self.server(url, control)
             with discarded_on_error(server):
                 server.start()
-            print(f"{self.name}: {url} ({control.source})", file=sys.stderr)
             return server
         raise Unavailable("; ".join(reasons))
 

@@ -1,0 +1,34 @@
+"""``outbox migrate``: make the tables where there is no Alembic history to put them into."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import sqlalchemy as sa
+
+from outbox.cli._common import outbox_of, outbox_options
+from outbox.stores._run import unavailable
+from outbox.stores.engine import sync_engine_for
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser("migrate", help="make or upgrade the outbox tables, where there is no Alembic")
+    outbox_options(parser)
+    parser.set_defaults(do=do)
+
+
+def do(options: argparse.Namespace) -> int:
+    import outbox_migrations
+
+    tables = outbox_of(options).tables
+    engine = sync_engine_for(options.database)
+    try:
+        with engine.begin() as connection:
+            steps = outbox_migrations.migrate(connection, schema=tables.schema, prefix=tables.prefix)
+    except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+        raise unavailable(engine, error) from error
+    finally:
+        engine.dispose()
+    print(f"outbox tables are at version {outbox_migrations.LATEST}" + (f" (ran {', '.join(steps)})" if steps else ", as they were"))
+    return 0

@@ -1,0 +1,220 @@
+"""From whatever a user calls their database to a SQLAlchemy engine, for the relay, the consumer and the dead letters."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import sqlalchemy as sa
+
+from outbox.errors import ConfigurationError, MissingExtra
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+Database: TypeAlias = "str | sa.URL | sa.Engine | AsyncEngine"
+
+SUPPORTED: Final = ("postgresql", "sqlite")
+SQLITE_BUSY_SECONDS: Final = 10.0
+
+# dialect -> (the driver for sync use, the driver for async use)
+_DRIVERS: Final = {"postgresql": ("psycopg", "psycopg"), "sqlite": ("pysqlite", "aiosqlite")}
+_EXTRAS: Final = {"psycopg": "postgresql", "aiosqlite": "sqlite", "greenlet": "async"}
+
+
+def from_environment(name: str) -> str | None:
+    """The value of the environment variable ``name``, or the content of the file that ``{name}_FILE`` names (a mounted
+    secret), without surrounding white space. None where neither is set or the value is empty.
+
+    Raises `ConfigurationError` where both are set, or the file cannot be read; never prints the value.
+    """
+    value, file = os.environ.get(name, "").strip(), os.environ.get(f"{name}_FILE", "").strip()
+    if value and file:
+        raise ConfigurationError(f"{name} and {name}_FILE are both set: unset one of them")
+    if not file:
+        return value or None
+    try:
+        value = Path(file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigurationError(f"{name}_FILE names {file!r}, which cannot be read: {reason}") from error
+    if not value:
+        raise ConfigurationError(f"{name}_FILE names {file!r}, which is empty")
+    return value
+
+
+def engine_for(database: Database | None, *, pool_size: int | None = None) -> sa.Engine | AsyncEngine:
+    """The engine of a database, sync or async as its driver is.
+
+    ``database``: an ``Engine`` or ``AsyncEngine`` is returned as it is (it stays the caller's: whoever got one made here,
+    which is when ``is_engine(database)`` is false, disposes of it); a URL (text or ``sqlalchemy.URL``) becomes a new
+    engine; None means ``OUTBOX_DATABASE`` or ``OUTBOX_DATABASE_FILE``. ``postgresql://`` means psycopg 3. ``pool_size``
+    (connections) is how many a new engine keeps.
+
+    SQLite engines made here get WAL and wait up to 10 s for another writer; foreign keys stay as SQLite has them.
+
+    Raises `ConfigurationError` (no database, no URL, a password of ``***``, another database than PostgreSQL or SQLite)
+    and `MissingExtra` (the driver is not installed). Connects to nothing, and never prints a password.
+    """
+    if is_engine(database):
+        _check_dialect(database.dialect.name)  # type: ignore[union-attr]
+        return database  # type: ignore[return-value]
+    url = database_url(database)  # type: ignore[arg-type]
+    if _is_async(url):
+        return _create_async(url, pool_size)
+    return _create(url, pool_size)
+
+
+def sync_engine_for(database: Database | None, *, pool_size: int | None = None) -> sa.Engine:
+    """As `engine_for`, always a sync engine: a URL with an async driver is read as that database's sync driver.
+    Raises `ConfigurationError` for an ``AsyncEngine``, which has none."""
+    if is_engine(database):
+        if not isinstance(database, sa.Engine):
+            raise ConfigurationError(
+                f"database is an AsyncEngine ({database.dialect.driver}); "  # type: ignore[union-attr]
+                "this is sync code: pass a URL or a sync Engine"
+            )
+        _check_dialect(database.dialect.name)
+        return database
+    url = database_url(database)  # type: ignore[arg-type]
+    return _create(_with_driver(url, 0) if _is_async(url) else url, pool_size)
+
+
+def async_engine_for(database: Database | None, *, pool_size: int | None = None) -> AsyncEngine:
+    """As `engine_for`, always an async engine: a URL with a sync driver is read as that database's async driver.
+    Raises `ConfigurationError` for a sync ``Engine``, which has none."""
+    if is_engine(database):
+        if isinstance(database, sa.Engine):
+            raise ConfigurationError(
+                f"database is a sync Engine ({database.dialect.driver}); async code needs a URL or an AsyncEngine"
+            )
+        _check_dialect(database.dialect.name)  # type: ignore[union-attr]
+        return database  # type: ignore[return-value]
+    url = database_url(database)  # type: ignore[arg-type]
+    return _create_async(url if _is_async(url) else _with_driver(url, 1), pool_size)
+
+
+def is_engine(database: object) -> bool:
+    """Whether this is an engine of the caller's, which only the caller disposes of."""
+    if isinstance(database, sa.Engine):
+        return True
+    # an AsyncEngine can exist only if its module is loaded: nothing is imported to ask
+    module = sys.modules.get("sqlalchemy.ext.asyncio")
+    return module is not None and isinstance(database, module.AsyncEngine)
+
+
+def database_url(database: str | sa.URL | None) -> sa.URL:
+    """The URL of a database, checked, with psycopg 3 as PostgreSQL's driver unless it names another. Raises as
+    `engine_for` does."""
+    if database is None:
+        database = from_environment("OUTBOX_DATABASE")
+        if database is None:
+            raise ConfigurationError(
+                "no database given: pass database=… (a URL or an engine) or --database, or set OUTBOX_DATABASE "
+                "or OUTBOX_DATABASE_FILE"
+            )
+    if isinstance(database, str):
+        try:
+            url = sa.make_url(database)
+        except (sa.exc.ArgumentError, ValueError):
+            # from None: SQLAlchemy's own text quotes the URL, password and all
+            raise ConfigurationError(
+                "database is no URL that SQLAlchemy can read; it looks like postgresql://user:password@host:5432/name "
+                "or sqlite:////path/to/file.db"
+            ) from None
+    elif isinstance(database, sa.URL):
+        url = database
+    else:
+        raise ConfigurationError(
+            f"database is a {type(database).__name__}; it must be a URL, an Engine or an AsyncEngine"
+        )
+    if url.password == "***":
+        raise ConfigurationError(
+            f"the password in {url!r} is ***: that is str(engine.url); "
+            "use engine.url.render_as_string(hide_password=False), or pass the engine itself"
+        )
+    backend = url.get_backend_name()
+    if backend == "postgres":  # what some hosting platforms still hand out; SQLAlchemy knows only the long name
+        url, backend = url.set(drivername=url.drivername.replace("postgres", "postgresql", 1)), "postgresql"
+    _check_dialect(backend)
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    return url
+
+
+def _check_dialect(name: str) -> None:
+    if name not in SUPPORTED:
+        raise ConfigurationError(f"database {name!r} is not supported here: PostgreSQL and SQLite are")
+
+
+def _is_async(url: sa.URL) -> bool:
+    try:
+        return bool(url.get_dialect().is_async)
+    except sa.exc.NoSuchModuleError as error:
+        raise ConfigurationError(f"database driver {url.drivername!r} is unknown to SQLAlchemy") from error
+    except ImportError as error:
+        raise _missing(url, error) from error
+
+
+def _with_driver(url: sa.URL, which: int) -> sa.URL:
+    """The same database through its usual sync (0) or async (1) driver."""
+    backend = url.get_backend_name()
+    return url.set(drivername=f"{backend}+{_DRIVERS[backend][which]}")
+
+
+def _options(url: sa.URL, pool_size: int | None) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if url.get_backend_name() == "sqlite":
+        options["connect_args"] = {"timeout": SQLITE_BUSY_SECONDS}
+        if url.database in (None, "", ":memory:"):
+            return options  # such a database has a pool of its own kind, of one connection a thread
+    else:
+        # a connection that died while it waited in the pool is found out before it is used
+        options["pool_pre_ping"] = True
+    if pool_size is not None:
+        options["pool_size"] = pool_size
+    return options
+
+
+def _create(url: sa.URL, pool_size: int | None) -> sa.Engine:
+    try:
+        engine = sa.create_engine(url, **_options(url, pool_size))
+    except ImportError as error:
+        raise _missing(url, error) from error
+    _prepare(engine)
+    return engine
+
+
+def _create_async(url: sa.URL, pool_size: int | None) -> AsyncEngine:
+    try:
+        from sqlalchemy.ext.asyncio import create_async_engine
+
+        engine = create_async_engine(url, **_options(url, pool_size))
+    except (ImportError, ValueError) as error:
+        # SQLAlchemy says a missing greenlet with a ValueError
+        if isinstance(error, ValueError) and "greenlet" not in str(error):
+            raise
+        raise _missing(url, error) from error
+    _prepare(engine.sync_engine)
+    return engine
+
+
+def _prepare(engine: sa.Engine) -> None:
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(engine, "connect", _prepare_sqlite)
+
+
+def _prepare_sqlite(connection: Any, record: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")  # a reader does not keep the one writer waiting
+    cursor.close()
+
+
+def _missing(url: sa.URL, error: Exception) -> MissingExtra:
+    name = getattr(error, "name", None) or ("greenlet" if "greenlet" in str(error) else url.drivername.split("+")[-1])
+    module = name.split(".")[0]
+    extra = _EXTRAS.get(module)
+    command = f"pip install 'pyoutbox[{extra}]'" if extra else f"pip install {module}"
+    return MissingExtra(f"database {url.get_backend_name()!r} needs {module}, which is not installed: {command}")
