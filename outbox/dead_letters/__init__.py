@@ -1,0 +1,6 @@
+"""Dead letters: messages that were given up, kept with the reason until somebody replays or discards them."""
+
+from outbox.dead_letters._dead_letters import DeadLetters, Replayed
+from outbox.dead_letters.letter import DeadLetter, Group
+
+__all__ = ["DeadLetter", "DeadLetters", "Group", "Replayed"]

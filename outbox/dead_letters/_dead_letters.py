@@ -1,0 +1,203 @@
+"""`DeadLetters`: see, replay and discard, for code, for the CLI and for dashboards."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
+
+import sqlalchemy as sa
+
+from outbox._outbox import Outbox
+from outbox.dead_letters import letter as letters
+from outbox.dead_letters import replay as replaying
+from outbox.dead_letters.letter import DeadLetter, Filter, Group
+from outbox.dead_letters.record import State
+from outbox.errors import ConfigurationError
+from outbox.stores._run import unavailable
+from outbox.stores.engine import is_engine, sync_engine_for
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What `DeadLetters.replay` did. ``skipped``: ids that stay open because their headers are unreadable."""
+
+    count: int
+    skipped: tuple[uuid.UUID, ...] = ()
+
+
+class DeadLetters:
+    """The dead letters of one outbox's database, the relay's and those of all consumers.
+
+    ``database``: URL or `Engine`; None takes it from ``OUTBOX_DATABASE``. Sync: async code calls it in a thread
+    (``await asyncio.to_thread(dead_letters.groups)``). An engine made here is disposed of by `close`, or at the end of
+    ``with DeadLetters(…) as dead_letters``.
+
+    Every method raises `StoreUnavailable` when the database cannot be asked.
+    """
+
+    def __init__(self, outbox: Outbox, *, database: str | sa.URL | sa.Engine | AsyncEngine | None = None) -> None:
+        self.outbox = outbox
+        self._database = database
+        self._engine: sa.Engine | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the connections. Usable again afterwards."""
+        engine, self._engine = self._engine, None
+        if engine is not None and not is_engine(self._database):
+            engine.dispose()
+
+    # ------------------------------------------------------------ see
+
+    def groups(self, *, consumer: str | None = None, topic: str | None = None) -> list[Group]:
+        """The open dead letters by cause, the largest group first."""
+        wanted = Filter(consumer=consumer, topic=topic)
+        return self._run(lambda connection: letters.groups(connection, self.outbox.tables, wanted))
+
+    def find(
+        self,
+        *,
+        group: str | None = None,
+        consumer: str | None = None,
+        topic: str | None = None,
+        type: str | None = None,
+        key: str | None = None,
+        state: State | Literal["any"] = "open",
+        limit: int = 100,
+    ) -> list[DeadLetter]:
+        """Up to ``limit`` dead letters (rows) that meet all conditions, oldest first. ``consumer=""`` is the relay."""
+        wanted = Filter(group=group, consumer=consumer, topic=topic, type=type, key=key, state=state)
+        return self._run(lambda connection: letters.find(connection, self.outbox.tables, wanted, limit))
+
+    def get(self, id: uuid.UUID | str) -> DeadLetter | None:
+        """One dead letter, whatever its state; None if there is none of that id."""
+        wanted = Filter(id=_id(id), state="any")
+        found = self._run(lambda connection: letters.find(connection, self.outbox.tables, wanted, 1))
+        return found[0] if found else None
+
+    # ------------------------------------------------------------ mend
+
+    def replay(
+        self,
+        id: uuid.UUID | str | None = None,
+        *,
+        group: str | None = None,
+        consumer: str | None = None,
+        topic: str | None = None,
+        type: str | None = None,
+        key: str | None = None,
+        limit: int | None = None,
+        who: str | None = None,
+        why: str | None = None,
+    ) -> Replayed:
+        """Give open dead letters back: one by its id, or all that meet the conditions, at most ``limit`` (rows).
+
+        A consumer's is handed to that consumer alone, through its ``attempt`` table, and handled while it runs; the
+        relay's goes back into the outbox under the same id, with the header ``outbox-cycle``. Within a key the oldest
+        comes first. What fails again becomes a new dead letter of the next cycle.
+
+        Transactions of at most 500 rows, each with its line in the audit (``who``: by default this user and host).
+        After a crash the finished ones are replayed, the others still open; calling it again does the rest. Raises
+        `ConfigurationError` where nothing says which ones.
+        """
+        wanted = _wanted("replay", id, group, consumer, topic, type, key)
+        by = replaying.Who(who or _somebody(), why)
+        tables = self.outbox.tables
+        until = self._run(replaying.now)
+        count, skipped = 0, []
+        while limit is None or count < limit:
+            size = replaying.AT_ONCE if limit is None else min(replaying.AT_ONCE, limit - count)
+
+            def work(connection: sa.Connection, size: int = size) -> replaying.Batch:
+                return replaying.replay(connection, tables, wanted, by, until=until, limit=size, without=skipped)
+
+            batch = self._run(work)
+            count += batch.count
+            skipped += batch.skipped
+            if not batch.more:
+                break
+        return Replayed(count, tuple(skipped))
+
+    def discard(
+        self,
+        id: uuid.UUID | str | None = None,
+        *,
+        group: str | None = None,
+        consumer: str | None = None,
+        topic: str | None = None,
+        type: str | None = None,
+        key: str | None = None,
+        who: str | None = None,
+        why: str | None = None,
+    ) -> int:
+        """Close open dead letters for good, without handling them; they can still be seen. Selected, audited and bounded
+        as `replay` is. Returns how many."""
+        wanted = _wanted("discard", id, group, consumer, topic, type, key)
+        by = replaying.Who(who or _somebody(), why)
+        until = self._run(replaying.now)
+        count, more = 0, True
+        while more:
+            batch = self._run(lambda c: replaying.discard(c, self.outbox.tables, wanted, by, until=until))
+            count += batch.count
+            more = batch.more
+        return count
+
+    # ------------------------------------------------------------ the database
+
+    def _run(self, work: Callable[[sa.Connection], T]) -> T:
+        if self._engine is None:
+            self._engine = sync_engine_for(self._database)
+        try:
+            with self._engine.begin() as connection:
+                return work(connection)
+        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+            raise unavailable(self._engine, error) from error
+
+
+def _wanted(
+    verb: str,
+    id: uuid.UUID | str | None,
+    group: str | None,
+    consumer: str | None,
+    topic: str | None,
+    type: str | None,
+    key: str | None,
+) -> Filter:
+    wanted = Filter(id=None if id is None else _id(id), group=group, consumer=consumer, topic=topic, type=type, key=key)
+    if not wanted.narrow:
+        raise ConfigurationError(
+            f"{verb}: say which dead letters: an id, or group=…, consumer=…, topic=…, type=…, key=…"
+        )
+    return wanted
+
+
+def _id(value: uuid.UUID | str) -> uuid.UUID:
+    if isinstance(value, uuid.UUID):
+        return value
+    try:
+        return uuid.UUID(value)
+    except (ValueError, AttributeError, TypeError):
+        raise ConfigurationError(f"dead letter {value!r}: its id is a UUID, as `find` shows it") from None
+
+
+def _somebody() -> str:
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container's user that no file knows
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
