@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import threading
 import time
@@ -237,7 +238,6 @@ class Declaration:
 
 
 T = TypeVar("T")
-_Class = type  # `event` has an argument of that name
 _DECLARED: Final = "__outbox_event__"
 
 
@@ -264,9 +264,10 @@ def event(
     if key is not None and not isinstance(key, str) and not callable(key):
         raise ConfigurationError(f"@event({topic!r}, type={type!r}): key is the name of an attribute, or a function")
 
-    def declare(cls: _Class[T]) -> _Class[T]:
-        if not isinstance(cls, _Class):
-            raise ConfigurationError(f"@event({topic!r}, type={type!r}) declares a class, not {cls!r}")
+    def declare(cls: builtins.type[T]) -> builtins.type[T]:
+        given: object = cls
+        if not isinstance(given, builtins.type):
+            raise ConfigurationError(f"@event({topic!r}, type={type!r}) declares a class, not {given!r}")
         if isinstance(key, str):
             names = set(dir(cls))
             for base in cls.__mro__:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, overload
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, scoped_session
 
+from outbox import _transactions as transactions
 from outbox import encoding, staging
 from outbox._message import (
     ABSENT,
@@ -18,6 +20,7 @@ from outbox._message import (
     Message,
     _Absent,
     bucket_of,
+    check_content_type,
     check_headers,
     check_topic,
     check_type,
@@ -33,8 +36,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 
 Where: TypeAlias = "Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any] | sa.Connection"
-
-_NO_HEADERS: Final[Mapping[str, str]] = {}
 
 
 class Outbox:
@@ -55,11 +56,12 @@ class Outbox:
         prefix: str = "outbox_",
         codec: encoding.Codec | None = None,
     ) -> None:
-        if metadata is not None and not isinstance(metadata, sa.MetaData):
-            hint = ".metadata" if isinstance(getattr(metadata, "metadata", None), sa.MetaData) else ""
+        given: object = metadata
+        if given is not None and not isinstance(given, sa.MetaData):
+            name = getattr(given, "__name__", type(given).__name__)
+            has_one = isinstance(getattr(given, "metadata", None), sa.MetaData)
             raise ConfigurationError(
-                f"Outbox() takes a MetaData, not {metadata!r}"
-                + (f"; did you mean {hint[1:]}, as in Base{hint}?" if hint else "")
+                f"Outbox() takes a MetaData, not {name}" + (f"; did you mean {name}.metadata?" if has_one else "")
             )
         self.tables: Tables = tables_for(metadata if metadata is not None else sa.MetaData(), schema, prefix)
         self.codec: encoding.Codec = codec or encoding.DEFAULT
@@ -134,6 +136,7 @@ class Outbox:
         headers), `TransactionError` (no open transaction), `TypeError` (no session or connection): nothing is staged
         then. A process that dies before the commit leaves nothing; after it the row is there.
         """
+        target = _resolve(where)
         if payload is ABSENT:
             declared = _declared(topic)
             if key is not ABSENT or type is not None or content_type is not None:
@@ -142,12 +145,8 @@ class Outbox:
                 )
             built = self._build_event(topic, declared, headers, deliver_at, id)
         else:
-            if not isinstance(topic, str):
-                raise EncodingError(
-                    f"topic is a {topic.__class__.__name__}; it must be a str, as in add(session, 'orders', …)"
-                )
             built = self._build(topic, payload, key, type, headers, content_type, deliver_at, id)
-        self._put(where, [built], bind_arguments)
+        _put(target, [built], bind_arguments)
         return built[2]
 
     def add_all(
@@ -155,21 +154,23 @@ class Outbox:
     ) -> list[Message]:
         """Add many messages at once: objects of declared classes, `Message` objects, or mappings of `add`'s arguments
         (``{"topic": …, "payload": …, "key": …}``). All of them or, if one cannot be encoded, none."""
+        target = _resolve(where)
         built: list[staging.Built] = []
         for message in messages:
             if isinstance(message, Mapping):
                 unknown = message.keys() - _ARGUMENTS
                 if unknown or not message.keys() >= {"topic", "payload"}:
                     raise TypeError(
-                        f"add_all: a mapping needs 'topic' and 'payload' and may have {sorted(_ARGUMENTS)}; got {sorted(message)}"
+                        f"add_all: a mapping needs 'topic' and 'payload' and may have {sorted(_ARGUMENTS)}; got "
+                        f"{sorted(map(str, message))}"
                     )
                 built.append(self._build(**message))
             elif isinstance(message, Message):
-                built.append(self._built(message))
+                built.append(self._build_message(message))
             else:
                 built.append(self._build_event(message, _declared(message), None, None, None))
         if built:
-            self._put(where, built, bind_arguments)
+            _put(target, built, bind_arguments)
         return [message for _, _, message in built]
 
     def staged(self, where: Where) -> list[Message]:
@@ -177,17 +178,26 @@ class Outbox:
         target = _resolve(where)
         return staging.staged(target) if isinstance(target, Session) else []
 
-    def cancel(self, where: Session | scoped_session[Any] | sa.Connection, id: uuid.UUID) -> bool:
+    def cancel(
+        self,
+        where: Session | scoped_session[Any] | sa.Connection,
+        id: uuid.UUID,
+        *,
+        bind_arguments: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Take back a message that is not due yet (``deliver_at``), in the caller's transaction. True if it was still
         there: then it is never sent, if that transaction commits. A message staged in this transaction goes too.
 
         Sync only; async: ``await session.run_sync(outbox.cancel, id)``.
         """
         target = _resolve(where, sync_only="cancel")
-        dropped = staging.discard(target, lambda m: m.id != id) if isinstance(target, Session) else 0
+        if not isinstance(id, uuid.UUID):
+            raise TypeError(f"cancel takes the message's id, a UUID, not {id.__class__.__name__}")
+        if isinstance(target, Session) and staging.discard(target, lambda message: message.id != id):
+            return True
         scheduled = self.tables.scheduled
-        result = target.execute(sa.delete(scheduled).where(scheduled.c.id == id))
-        return bool(dropped or _rowcount(result))
+        connection = _connection(target, scheduled, bind_arguments)
+        return connection.execute(sa.delete(scheduled).where(scheduled.c.id == id)).rowcount > 0
 
     def claim(
         self,
@@ -196,6 +206,7 @@ class Outbox:
         message_id: uuid.UUID | str,
         *,
         cycle: int = 0,
+        bind_arguments: Mapping[str, Any] | None = None,
     ) -> bool:
         """Write the inbox row of a message into the transaction of its effect. True: do the effect; False: it is done
         already (or a dead letter), skip it.
@@ -204,13 +215,15 @@ class Outbox:
         ``message_id``: a UUID or its text; other text is mapped to a UUID. ``cycle`` > 0 claims a replay of a dead letter.
 
         Sync only; async: ``await session.run_sync(outbox.claim, "billing", id)``. An ``AsyncSession`` given directly
-        raises `TypeError`, because a forgotten ``await`` would be true for ever.
+        raises `TypeError`, because a forgotten ``await`` would be true for ever. On an autocommit connection it raises
+        `TransactionError`: the row could not commit together with the effect.
         """
         target = _resolve(where, sync_only="claim")
-        if not isinstance(consumer, str) or not 0 < len(consumer) <= CONSUMER_LENGTH:
+        if not isinstance(consumer, str) or not 0 < len(consumer) <= CONSUMER_LENGTH or "\x00" in consumer:
             raise ConfigurationError(f"consumer {consumer!r}: a name of 1 to {CONSUMER_LENGTH} characters")
         id = _message_id(message_id)
         inbox = self.tables.inbox
+        connection = _connection(target, inbox, bind_arguments)
         if cycle:
             replay = (
                 sa.update(inbox)
@@ -222,10 +235,9 @@ class Outbox:
                 )
                 .values(outcome="done")
             )
-            return _rowcount(target.execute(replay)) == 1
-        connection = target if isinstance(target, sa.Connection) else target.connection()
+            return connection.execute(replay).rowcount == 1
         row = {"consumer": consumer, "message_id": id, "outcome": "done"}
-        return _rowcount(connection.execute(insert_if_absent(inbox, connection.dialect.name), row)) == 1
+        return connection.execute(insert_if_absent(inbox, connection.dialect.name), row).rowcount == 1
 
     # ------------------------------------------------------------ building rows
 
@@ -253,27 +265,42 @@ class Outbox:
         deliver_at: dt.datetime | dt.timedelta | None = None,
         id: uuid.UUID | None = None,
     ) -> staging.Built:
-        check_topic(topic)
-        if type is not None:
-            check_type(type, topic)
-        if headers is not None:
-            check_headers(headers, topic)
+        topic = check_topic(topic)
         if id is not None and not isinstance(id, uuid.UUID):
             raise EncodingError(f"message for {topic!r}: id is a {id.__class__.__name__}; it must be a UUID")
         text = key_text(key, topic)
-        body, content_type = encoding.encode(payload, topic, content_type, self.codec)
+        body, content_type = encoding.encode(payload, topic, check_content_type(content_type, topic), self.codec)
         return self._built(
             Message(
                 id=id or new_id(),
                 topic=topic,
                 payload=body,
                 key=text,
-                type=type,
+                type=check_type(type, topic),
                 content_type=content_type,
-                headers=_NO_HEADERS if headers is None else dict(headers),
+                headers={} if headers is None else check_headers(headers, topic),
                 deliver_at=None if deliver_at is None else _instant(deliver_at, topic),
             )
         )
+
+    def _build_message(self, message: Message) -> staging.Built:
+        if message.payload is not None and not isinstance(message.payload, bytes):
+            raise EncodingError(
+                f"message for {message.topic!r}: the payload of a Message is bytes or None, not "
+                f"{message.payload.__class__.__name__}; give a mapping of add's arguments to have it encoded"
+            )
+        # checked like any other, and with the content type that it has: None stays None
+        checked = self._build(
+            message.topic,
+            message.payload,
+            ABSENT if message.key is None else message.key,
+            message.type,
+            message.headers,
+            message.content_type,
+            message.deliver_at,
+            message.id,
+        )[2]
+        return self._built(replace(checked, content_type=message.content_type))
 
     def _built(self, message: Message) -> staging.Built:
         parameters: dict[str, Any] = {
@@ -291,13 +318,6 @@ class Outbox:
         parameters["deliver_at"] = message.deliver_at
         return self.tables.scheduled, parameters, message
 
-    def _put(self, where: Where, built: list[staging.Built], bind_arguments: Mapping[str, Any] | None) -> None:
-        target = _resolve(where)
-        if isinstance(target, Session):
-            staging.stage(target, built, bind_arguments)
-        else:
-            staging.insert_at_once(target, built)
-
 
 _ARGUMENTS: Final = {"topic", "payload", "key", "type", "headers", "content_type", "deliver_at", "id"}
 
@@ -306,22 +326,37 @@ def _message_id(value: uuid.UUID | str) -> uuid.UUID:
     return message_id(value)
 
 
-def _rowcount(result: sa.Result[Any]) -> int:
-    return int(result.rowcount)  # type: ignore[attr-defined]  # every DML result is a CursorResult
+def _put(target: Session | sa.Connection, built: list[staging.Built], bind_arguments: Mapping[str, Any] | None) -> None:
+    if isinstance(target, Session):
+        staging.stage(target, built, bind_arguments)
+    else:
+        staging.insert_at_once(target, built)
+
+
+def _connection(
+    target: Session | sa.Connection, table: sa.Table, bind_arguments: Mapping[str, Any] | None
+) -> sa.Connection:
+    if isinstance(target, Session):
+        return transactions.connection_for(target, table, bind_arguments)
+    transactions.refuse_unfit(target)
+    return target
 
 
 def _instant(value: dt.datetime | dt.timedelta, topic: str) -> dt.datetime:
-    if isinstance(value, dt.timedelta):
-        return dt.datetime.now(dt.UTC) + value
-    if not isinstance(value, dt.datetime):
-        raise EncodingError(
-            f"message for {topic!r}: deliver_at is a {value.__class__.__name__}; an aware datetime or a timedelta"
-        )
-    if value.tzinfo is None or value.utcoffset() is None:
-        raise EncodingError(
-            f"message for {topic!r}: deliver_at has no time zone; use datetime.now(UTC) + … or a timedelta"
-        )
-    return value
+    try:
+        if isinstance(value, dt.timedelta):
+            return dt.datetime.now(dt.UTC) + value
+        if not isinstance(value, dt.datetime):
+            raise EncodingError(
+                f"message for {topic!r}: deliver_at is a {value.__class__.__name__}; an aware datetime or a timedelta"
+            )
+        if value.tzinfo is None or value.utcoffset() is None:
+            raise EncodingError(
+                f"message for {topic!r}: deliver_at has no time zone; use datetime.now(UTC) + … or a timedelta"
+            )
+        return value.astimezone(dt.UTC)
+    except OverflowError:
+        raise EncodingError(f"message for {topic!r}: deliver_at is out of range") from None
 
 
 def _declared(event: object) -> Declaration:

@@ -73,6 +73,7 @@ def _foreign(value: Any) -> Any:
             raise TypeError(f"{type(value).__name__}.model_dump raised {type(error).__name__}") from error
     if isinstance(value, str):
         return str.__str__(value)
+    plain: Any
     for plain in (int, float, dict, list):
         if isinstance(value, plain):
             return plain(value)

@@ -10,8 +10,6 @@ a session can end: tests/staging/ has all of them.)
 
 When they are inserted, twice over: in the session's ``before_commit``, after a flush, and in the engine's ``commit`` and
 two-phase events, which also see what later listeners add and commits that go through the Connection.
-
-Through which connection: the one that the transaction has written to, for which its statements are looked at.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
 
+from outbox import _transactions as transactions
 from outbox._message import Message
 from outbox.errors import TransactionError
 
@@ -47,7 +46,17 @@ class Row:
     forgot must still be collected, else its connection never returns to the pool.
     """
 
-    __slots__ = ("bind_arguments", "message", "nested", "number", "parameters", "session", "stamp", "table", "unflushed")
+    __slots__ = (
+        "bind_arguments",
+        "message",
+        "nested",
+        "number",
+        "parameters",
+        "session",
+        "stamp",
+        "table",
+        "unflushed",
+    )
 
     def __init__(
         self,
@@ -66,6 +75,12 @@ class Row:
         self.number = next(_numbers)
         self.stamp = 0
 
+    def of(self, session: Session) -> bool:
+        return self.session is not None and self.session() is session
+
+    def within(self, savepoint: SessionTransaction) -> bool:
+        return any(nested() is savepoint for nested in self.nested)
+
 
 class _Staged:
     """The rows of one root transaction of a connection.
@@ -74,26 +89,20 @@ class _Staged:
     the Core connection, which no session sees, takes exactly the rows staged since.
     """
 
-    __slots__ = ("clock", "committed", "rows", "savepoints")
+    __slots__ = ("clock", "committed", "rows", "savepoints", "unflushed")
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.savepoints: dict[str, int] = {}
         self.clock = 0
+        self.unflushed = False  # some of the rows may be
         self.committed = False  # by a COMMIT that SQLAlchemy does not take for one
-
-    def of(self, session: Session) -> list[Row]:
-        return [row for row in self.rows if row.session is not None and row.session() is session]
 
 
 _on_transaction: weakref.WeakKeyDictionary[sa.RootTransaction, _Staged] = weakref.WeakKeyDictionary()
 _on_session: weakref.WeakKeyDictionary[SessionTransaction, list[Row]] = weakref.WeakKeyDictionary()
-_connections: weakref.WeakKeyDictionary[Session, list[sa.Connection]] = weakref.WeakKeyDictionary()
-_written: weakref.WeakSet[sa.RootTransaction] = weakref.WeakSet()
-_prepared: weakref.WeakSet[sa.RootTransaction] = weakref.WeakSet()
 _committing: weakref.WeakSet[SessionTransaction] = weakref.WeakSet()
 _released: weakref.WeakSet[SessionTransaction] = weakref.WeakSet()
-_bare_savepoints: weakref.WeakKeyDictionary[sa.RootTransaction, int] = weakref.WeakKeyDictionary()
 
 inserted: list[Callable[[list[Row]], None]] = []
 """Called with the rows of each insert, after it succeeded and before the commit: for `outbox.testing.capture`."""
@@ -108,14 +117,16 @@ def stage(session: Session, messages: Sequence[Built], bind_arguments: Mapping[s
             "the session's transaction is not active (it failed, was prepared, or has just been committed): "
             "roll back or begin a new one, then add the message there"
         )
-    connection = _likely_connection(session, messages[0][0], bind_arguments)
+    table = messages[0][0]
+    connection = transactions.likely_connection(session, table, bind_arguments)
     if connection is None and root in _committing:
-        connection = connection_for(session, messages[0][0], bind_arguments)  # by a listener that comes after ours
+        # by a listener that comes after ours; within the commit a connection may be asked for
+        connection = transactions.connection_for(session, table, bind_arguments)
     if connection is not None:
-        _refuse_unfit(connection)
+        transactions.refuse_unfit(connection)
     elif isinstance(session.bind, sa.Engine):
-        _refuse_autocommit(session.bind)
-    reference, nested = weakref.ref(session), _nested(session)
+        transactions.refuse_autocommit(session.bind)
+    reference, nested = weakref.ref(session), transactions.savepoints_of(session)
     unflushed = bool(session.new or session.dirty or session.deleted)
     rows = [Row(built, reference, nested, bind_arguments, unflushed) for built in messages]
     if connection is None:
@@ -127,64 +138,34 @@ def stage(session: Session, messages: Sequence[Built], bind_arguments: Mapping[s
 def staged(session: Session) -> list[Message]:
     """What waits for this session's commit, in the order of ``add``."""
     root = session.get_transaction()
-    return [row.message for row in _waiting(session, root)] if root is not None else []
+    return [] if root is None else [row.message for row in _waiting(session, root)]
 
 
 def discard(session: Session, keep: Callable[[Message], bool]) -> int:
     """Take staged messages back before they were inserted; returns how many."""
     root = session.get_transaction()
-    gone = {row for row in _waiting(session, root) if not keep(row.message)} if root is not None else set()
-    if gone:
-        _drop(session, lambda row: row in gone)
-    return len(gone)
+    if root is None:
+        return 0
+    before = len(_waiting(session, root))
+    _drop(session, root, lambda row: not keep(row.message))
+    return before - len(_waiting(session, root))
 
 
 def insert_now(session: Session) -> None:
     """Flush, then insert what this session has staged, without committing: what ``before_commit`` does."""
     root = session.get_transaction()
-    if root is None or not (root in _on_session or any(_rows(c) for c in _open_connections(session))):
+    if root is None or not (root in _on_session or any(_rows(c) for c in transactions.held(session))):
         return
     session.flush()
     _settle(session, root)
-    for connection in _open_connections(session):
+    for connection in transactions.held(session):
         _insert(connection, session)
 
 
 def insert_at_once(connection: sa.Connection, messages: Sequence[Built]) -> None:
     """Insert on a Core connection, in its transaction (begun if need be). Raises `TransactionError`."""
-    _refuse_unfit(connection)
+    transactions.refuse_unfit(connection)
     _execute(connection, [Row(built) for built in messages])
-
-
-def connection_for(
-    session: Session, table: sa.Table, bind_arguments: Mapping[str, Any] | None = None
-) -> sa.Connection:
-    """The connection through which a row of ours commits together with the data of this session's transaction: the one
-    that it has written to, else the one that the bind arguments, or an UPDATE of the table, resolve to. Never one that
-    the data did not go through. Raises `TransactionError`."""
-    held = _open_connections(session)
-    writers = [connection for connection in held if connection.get_transaction() in _written]
-    if bind_arguments is None and len(writers) == 1 and not session.twophase:
-        chosen = writers[0]  # whatever get_bind would say
-    else:
-        bind = _bind(session, table, bind_arguments)
-        if bind is None:
-            if len(held) != 1:
-                raise TransactionError(
-                    f"the session cannot tell which database {table.name!r} is in: pass bind_arguments={{'mapper': "
-                    "YourEntity}, which resolve to the database of your data"
-                )
-            bind = held[0]
-        found = _through(held, bind)
-        if writers and found not in writers and not session.twophase:
-            raise TransactionError(
-                f"{table.name!r} would be written to {bind.engine.url!r}, which this transaction has not written to, so "
-                "it could not commit together with your data. Pass bind_arguments={'mapper': YourEntity}, which resolve "
-                "to the database of your data, or use Session(twophase=True)"
-            )
-        chosen = found or session.connection(bind_arguments={"bind": bind})
-    _refuse_unfit(chosen)
-    return chosen
 
 
 # ---------------------------------------------------------------- where rows are
@@ -218,176 +199,258 @@ def _append(connection: sa.Connection, rows: list[Row]) -> None:
         state = _on_transaction[transaction] = _Staged()
     for row in rows:
         row.stamp = state.clock
+        state.unflushed |= row.unflushed
     state.rows += rows
 
 
 def _waiting(session: Session, root: SessionTransaction) -> list[Row]:
     """All rows of the session, in the order of ``add``."""
     rows = list(_on_session.get(root, ()))
-    for connection in _open_connections(session):
-        state = _state(connection)
-        if state is not None:
-            rows += state.of(session)
+    for connection in transactions.held(session):
+        rows += [row for row in _rows(connection) if row.of(session)]
     rows.sort(key=_BY_NUMBER)
     return rows
 
 
-def _drop(session: Session, gone: Callable[[Row], bool], root: SessionTransaction | None = None) -> None:
-    root = root or session.get_transaction()
-    if root is not None and root in _on_session:
+def _drop(session: Session, root: SessionTransaction, gone: Callable[[Row], bool]) -> None:
+    """Forget those rows of the session."""
+    if root in _on_session:
         _on_session[root] = [row for row in _on_session[root] if not gone(row)]
-    for connection in _connections.get(session, ()):
+    for connection in transactions.held(session):
         rows = _rows(connection)
-        rows[:] = [row for row in rows if row.session is None or row.session() is not session or not gone(row)]
+        rows[:] = [row for row in rows if not (row.of(session) and gone(row))]
+
+
+def _attach(session: Session, root: SessionTransaction) -> None:
+    """Put rows that waited for a connection onto theirs, if it is there by now."""
+    rows = _on_session.pop(root, [])
+    try:
+        for row in rows:
+            connection = transactions.likely_connection(session, row.table, row.bind_arguments)
+            if connection is not None:
+                transactions.refuse_unfit(connection)
+                _append(connection, [row])
+    finally:
+        left = [row for row in rows if not any(row in _rows(c) for c in transactions.held(session))]
+        if left:
+            _on_session[root] = left
 
 
 def _settle(session: Session, root: SessionTransaction) -> None:
     """Put each row onto the connection that it commits with. Before the commit that is a guess: the only connection may
-    have been that of a replica, and the leader's came later."""
-    held = _open_connections(session)
-    if root not in _on_session and len(held) == 1 and held[0].get_transaction() in _written and not session.twophase:
-        return  # as nearly always
+    have been a replica's, and the leader's came later."""
+    connections = transactions.held(session)
+    if root not in _on_session and len(connections) == 1 and not session.twophase:
+        if transactions.has_written(connections[0]):
+            return  # as nearly always
     chosen: dict[tuple[sa.Table, int], sa.Connection] = {}
     moves: dict[sa.Connection, list[Row]] = {}
     for row in _waiting(session, root):
         key = (row.table, id(row.bind_arguments))
         if key not in chosen:
-            chosen[key] = connection_for(session, row.table, row.bind_arguments)
+            chosen[key] = transactions.connection_for(session, row.table, row.bind_arguments)
         moves.setdefault(chosen[key], []).append(row)
-    _drop(session, lambda row: True)
+    _drop(session, root, lambda row: True)
     _on_session.pop(root, None)
     for connection, rows in moves.items():
         _append(connection, rows)
 
 
 def _insert(connection: sa.Connection, session: Session | None = None) -> None:
-    """Insert what is staged on this connection and belongs to this commit; forget it only once that succeeded."""
+    """Insert what is staged on this connection; forget it only once that succeeded. In the name of no session, that is
+    for a commit that may have gone past it, rows stay with the changes that are not flushed."""
     state = _state(connection)
     if state is None or not state.rows:
         return
-    mine = [row for row in state.rows if not row.unflushed or (row.session is not None and row.session() is session)]
-    if session is None:
-        for row in state.rows:
-            owner = row.session() if row.unflushed and row.session is not None else None
-            if owner is not None and (root := owner.get_transaction()) is not None:
-                _on_session.setdefault(root, []).append(row)
-        state.rows[:] = mine
-    _execute(connection, mine, state.rows)
+    if state.unflushed and session is None:
+        for row in [row for row in state.rows if row.unflushed]:
+            owner = row.session() if row.session is not None else None
+            root = owner.get_transaction() if owner is not None else None
+            if root is None or root not in _committing:
+                state.rows.remove(row)
+                if root is not None:
+                    _on_session.setdefault(root, []).append(row)
+    _execute(connection, state.rows)
 
 
-def _execute(connection: sa.Connection, rows: list[Row], staged: list[Row] | None = None) -> None:
-    by_table: dict[sa.Table, list[Row]] = {}
-    for row in rows:
-        by_table.setdefault(row.table, []).append(row)
-    for table, its in by_table.items():
+def _execute(connection: sa.Connection, rows: list[Row]) -> None:
+    """Insert the rows and take them off the list, one statement a table."""
+    while rows:
+        table = rows[0].table
+        its = [row for row in rows if row.table is table]
         # a list of parameters, not .values([...]): that costs 74 µs a message to compile
         connection.execute(table.insert(), [row.parameters for row in its])
-        if staged is not None:
-            done = set(its)
-            staged[:] = [row for row in staged if row not in done]
+        done = set(its)
+        rows[:] = [row for row in rows if row not in done]
         for callback in inserted:
             callback(its)
 
 
-def _root(transaction: SessionTransaction) -> SessionTransaction:
-    while transaction.parent is not None:
-        transaction = transaction.parent
-    return transaction
-
-
-def _nested(session: Session) -> tuple[weakref.ref[SessionTransaction], ...]:
-    """The open savepoints of the session, innermost first."""
-    found = []
-    transaction = session.get_nested_transaction()
-    while transaction is not None:
-        if transaction.nested:
-            found.append(weakref.ref(transaction))
-        transaction = transaction.parent
-    return tuple(found)
-
-
-def _open_connections(session: Session) -> list[sa.Connection]:
-    """The connections that the session's transaction holds."""
-    return [c for c in _connections.get(session, ()) if not c.closed and c.get_transaction() is not None]
-
-
-def _likely_connection(
-    session: Session, table: sa.Table, bind_arguments: Mapping[str, Any] | None
-) -> sa.Connection | None:
-    """Where a message belongs as far as can be said without asking for a connection."""
-    held = _open_connections(session)
-    if bind_arguments is None:
-        if len(held) < 2:
-            return held[0] if held else None
-        writers = [connection for connection in held if connection.get_transaction() in _written]
-        if len(writers) == 1:
-            return writers[0]
-    bind = _bind(session, table, bind_arguments)
-    return None if bind is None else _through(held, bind)
-
-
-def _bind(
-    session: Session, table: sa.Table, bind_arguments: Mapping[str, Any] | None
-) -> sa.Engine | sa.Connection | None:
-    # An UPDATE, since the routing recipe of SQLAlchemy's documentation takes that for a write, and INSERT only in a flush.
-    arguments = {"clause": sa.update(table)} if bind_arguments is None else dict(bind_arguments)
-    try:
-        return arguments.get("bind") or session.get_bind(**arguments)
-    except sa.exc.UnboundExecutionError as error:
-        if bind_arguments is None:
-            return None
-        raise TransactionError(f"bind_arguments resolve to no database: {error}") from error
-
-
-def _through(held: list[sa.Connection], bind: sa.Engine | sa.Connection) -> sa.Connection | None:
-    """The connection among these that goes to the same database."""
-    pool = bind.engine.pool  # an engine with other execution options shares it
-    return next((c for c in held if c is bind or c.engine.pool is pool), None)
-
-
-def _refuse_unfit(connection: sa.Connection) -> None:
-    if connection.closed or connection.invalidated:
-        raise TransactionError("the connection is closed or lost: add the message while its transaction is open")
-    transaction = connection.get_transaction()
-    if transaction is not None and (not transaction.is_active or transaction in _prepared):
-        raise TransactionError(
-            "the connection's transaction is not active (it failed, was prepared or has ended): begin a new one"
-        )
-    _refuse_autocommit(connection)
-
-
-def _refuse_autocommit(bind: sa.Connection | sa.Engine) -> None:
-    level = bind.get_execution_options().get("isolation_level")
-    if level is None:
-        # create_engine(isolation_level=…) is kept here only, without a public name; asking the DBAPI instead would take
-        # SQLite's documented "isolation_level = None plus our own BEGIN" for autocommit
-        level = getattr(bind.dialect, "_on_connect_isolation_level", None)
-    if level is None and bind.dialect.name == "postgresql" and isinstance(bind, sa.Connection):
-        if getattr(bind.connection.dbapi_connection, "autocommit", False):  # connect_args={"autocommit": True}
-            level = "AUTOCOMMIT"
-    if level == "AUTOCOMMIT":
-        raise TransactionError(
-            "the connection is in autocommit mode, so a message could not commit together with your data: "
-            "use a connection or engine with another isolation_level"
-        )
-
-
-# ---------------------------------------------------------------- what sessions tell us
+# ---------------------------------------------------------------- what sessions tell
 
 
 def _after_begin(session: Session, transaction: SessionTransaction, connection: sa.Connection) -> None:
-    held = _connections.setdefault(session, [])
-    if not any(c is connection for c in held):
-        held.append(connection)
-    if transaction.nested:
-        # The savepoint exists from here on, though what belongs to it may have been staged before.
-        for row in _rows(connection):
-            if any(nested() is transaction for nested in row.nested):
-                row.stamp = _on_transaction[connection.get_transaction()].clock
+    transactions.join(session, connection)
+    if not transaction.nested:
+        _attach(session, transaction)
         return
-    rows = _on_session.pop(transaction, [])
-    here, elsewhere = [], []
-    for row in rows:
-        ...
+    # Only now is there a SAVEPOINT; what belongs to it may have been staged before.
+    state = _state(connection)
+    for row in () if state is None else state.rows:
+        if row.within(transaction):
+            row.stamp = state.clock
 
 
+def _after_flush_postexec(session: Session, context: Any) -> None:
+    for connection in transactions.held(session):
+        state = _state(connection)
+        if state is not None and state.unflushed:
+            for row in state.rows:
+                row.unflushed = row.unflushed and not row.of(session)
+            state.unflushed = any(row.unflushed for row in state.rows)
+    root = session.get_transaction()
+    if root is not None and root in _on_session:
+        for row in _on_session[root]:
+            row.unflushed = False
+        _attach(session, root)
+
+
+def _before_commit(session: Session) -> None:
+    root = session.get_transaction()
+    if root is None:
+        return
+    if not session.in_nested_transaction():
+        _committing.add(root)
+        try:
+            insert_now(session)
+        except BaseException:
+            _committing.discard(root)
+            raise
+    elif root in _on_session and not transactions.held(session):
+        # A savepoint is released, or the root commits with that savepoint open: nothing else tells, and a transaction
+        # that has no connection will commit none. So it gets one.
+        row = _on_session[root][0]
+        with suppress(TransactionError):
+            transactions.connection_for(session, row.table, row.bind_arguments)
+
+
+def _after_commit(session: Session) -> None:
+    nested = session.get_nested_transaction()
+    if nested is not None:
+        _released.add(nested)
+        return
+    root = session.get_transaction()
+    left = _on_session.pop(root, None) if root is not None else None
+    if left and not transactions.has_held(session):
+        raise TransactionError(
+            f"{len(left)} messages were not inserted, since the session cannot tell which database they belong to: pass "
+            "bind_arguments to add. Nothing else was in this transaction"
+        )
+    if left:
+        _report_lost(left, "the session committed before it could tell through which of its connections they go")
+
+
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is None:
+        # A connection given from outside goes on after the session: its owner's commit inserts what is staged there,
+        # except beside changes that were never flushed and are gone now.
+        _drop(session, transaction, lambda row: row.unflushed)
+        _on_session.pop(transaction, None)
+        transactions.part(session)
+    elif transaction.nested and transaction not in _released:
+        _drop(session, transactions.root_of(transaction), lambda row: row.within(transaction))
+
+
+# ---------------------------------------------------------------- what engines tell
+
+
+def _commit(connection: sa.Connection) -> None:
+    _insert(connection)
+
+
+def _prepare_twophase(connection: sa.Connection, xid: Any) -> None:
+    _insert(connection)
+    transactions.note_prepared(connection)
+
+
+def _commit_twophase(connection: sa.Connection, xid: Any, is_prepared: bool) -> None:
+    if not is_prepared:
+        _insert(connection)
+
+
+def _rollback(connection: sa.Connection) -> None:
+    state = _state(connection)
+    rows = [] if state is None else [row for row in state.rows if not row.unflushed]
+    if state is None or not rows:
+        return
+    if state.committed or (transactions.has_written(connection) and transactions.no_transaction_is_open(connection)):
+        _report_lost(
+            rows, "the transaction was ended by raw COMMIT text or on the DBAPI connection, not by its session"
+        )
+
+
+def _savepoint(connection: sa.Connection, name: None) -> None:
+    transactions.savepoint_begins(connection)  # its name is known once it is executed
+
+
+def _release_savepoint(connection: sa.Connection, name: str, context: None) -> None:
+    if transactions.savepoint_ends(connection):
+        _insert(connection)
+
+
+def _rollback_savepoint(connection: sa.Connection, name: str, context: None) -> None:
+    transactions.savepoint_ends(connection)
+    state = _state(connection)
+    if state is not None:
+        # a savepoint from before anything was staged here has no entry: everything came after it
+        since = state.savepoints.get(name, 0)
+        state.rows[:] = [row for row in state.rows if row.stamp < since]
+
+
+def _after_cursor_execute(
+    connection: sa.Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+) -> None:
+    verb, name = transactions.see_statement(connection, statement, context)
+    if verb in ("SAVEPOINT", "COMMIT", "END"):
+        state = _state(connection)
+        if state is not None and verb == "SAVEPOINT":
+            state.clock += 1
+            state.savepoints[name] = state.clock
+        elif state is not None:
+            state.committed = any(not row.unflushed for row in state.rows)
+
+
+def _report_lost(rows: list[Row], why: str) -> None:
+    log.error(
+        "%d staged messages were not inserted and will not be sent, though their data may be committed: %s. Message ids: %s",
+        len(rows),
+        why,
+        ", ".join(str(row.message.id) for row in rows[:10]),
+    )
+
+
+_installed = False
+
+
+def install() -> None:
+    """Listen to every session and engine of the process; once."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    for target, name, listener in (
+        (Session, "after_begin", _after_begin),
+        (Session, "after_flush_postexec", _after_flush_postexec),
+        (Session, "before_commit", _before_commit),
+        (Session, "after_commit", _after_commit),
+        (Session, "after_transaction_end", _after_transaction_end),
+        (sa.Engine, "after_cursor_execute", _after_cursor_execute),
+        (sa.Engine, "savepoint", _savepoint),
+        (sa.Engine, "release_savepoint", _release_savepoint),
+        (sa.Engine, "rollback_savepoint", _rollback_savepoint),
+        (sa.Engine, "rollback", _rollback),
+        (sa.Engine, "commit", _commit),
+        (sa.Engine, "prepare_twophase", _prepare_twophase),
+        (sa.Engine, "commit_twophase", _commit_twophase),
+    ):
+        event.listen(target, name, listener)

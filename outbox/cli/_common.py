@@ -44,7 +44,9 @@ def load(path: str) -> Any:
         found = import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ConfigurationError(f"{path!r}: there is no module {error.name!r} (looked in {os.getcwd()} too)") from error
+            raise ConfigurationError(
+                f"{path!r}: there is no module {error.name!r} (looked in {os.getcwd()} too)"
+            ) from error
         raise
     for part in name.split("."):
         if not hasattr(found, part):

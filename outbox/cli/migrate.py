@@ -30,5 +30,8 @@ def do(options: argparse.Namespace) -> int:
         raise unavailable(engine, error) from error
     finally:
         engine.dispose()
-    print(f"outbox tables are at version {outbox_migrations.LATEST}" + (f" (ran {', '.join(steps)})" if steps else ", as they were"))
+    print(
+        f"outbox tables are at version {outbox_migrations.LATEST}"
+        + (f" (ran {', '.join(steps)})" if steps else ", as they were")
+    )
     return 0

@@ -14,7 +14,9 @@ def register(commands: Any) -> None:
     outbox_options(parser)
     parser.add_argument("--transport", metavar="URL", help="default: $OUTBOX_TRANSPORT")
     parser.add_argument("--lease", type=float, default=10.0, metavar="SECONDS", help="lease time (default: 10)")
-    parser.add_argument("--poll", type=float, default=0.1, metavar="SECONDS", help="longest pause on an empty table (0.1)")
+    parser.add_argument(
+        "--poll", type=float, default=0.1, metavar="SECONDS", help="longest pause on an empty table (0.1)"
+    )
     parser.add_argument("--batch", type=int, default=2000, metavar="ROWS", help="rows of one read (default: 2000)")
     parser.add_argument("--drain-timeout", type=float, default=25.0, metavar="SECONDS", help="for a stop (default: 25)")
     parser.add_argument("--drain", action="store_true", help="send what is there now, print the counts, end")

@@ -16,7 +16,9 @@ def register(commands: Any) -> None:
     parser = commands.add_parser("status", help="what waits, how old it is, who sends it, and why nothing is sent")
     outbox_options(parser)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--fail-if-older", metavar="AGE", help="exit status 1 if a message has waited longer, e.g. 90s, 5m, 2h")
+    parser.add_argument(
+        "--fail-if-older", metavar="AGE", help="exit status 1 if a message has waited longer, e.g. 90s, 5m, 2h"
+    )
     parser.set_defaults(do=do)
 
 
@@ -44,13 +46,21 @@ def show(s: Status) -> None:
     print(s.verdict)
     oldest = f", the oldest for {duration(s.oldest)}" if s.oldest is not None else ""
     print(f"\npending       {s.pending:>9,}{oldest}")
-    print(f"scheduled     {s.scheduled:>9,}" + (f", the next in {duration(max(0.0, s.next_due))}" if s.next_due is not None else ""))
+    print(
+        f"scheduled     {s.scheduled:>9,}"
+        + (f", the next in {duration(max(0.0, s.next_due))}" if s.next_due is not None else "")
+    )
     print(f"parked        {s.parked:>9,}" + (f" of {s.parked_keys} keys" if s.parked else ""))
     print(f"dead letters  {s.dead_letters:>9,} open")
     if s.relays:
         print()
         rows = [
-            {"relay": r.owner, "buckets": r.buckets, "heartbeat": duration(r.heartbeat) + " ago", "state": _state(r.alive, r.circuits)}
+            {
+                "relay": r.owner,
+                "buckets": r.buckets,
+                "heartbeat": duration(r.heartbeat) + " ago",
+                "state": _state(r.alive, r.circuits),
+            }
             for r in s.relays
         ]
         print_table(rows, ("relay", "buckets", "heartbeat", "state"))

@@ -8,6 +8,7 @@ import socket
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 import sqlalchemy as sa
@@ -16,7 +17,7 @@ from outbox._outbox import Outbox
 from outbox.dead_letters import letter as letters
 from outbox.dead_letters import replay as replaying
 from outbox.dead_letters.letter import DeadLetter, Filter, Group
-from outbox.dead_letters.record import State
+from outbox.dead_letters.record import State, now
 from outbox.errors import ConfigurationError
 from outbox.stores._run import unavailable
 from outbox.stores.engine import is_engine, sync_engine_for
@@ -117,15 +118,21 @@ class DeadLetters:
         """
         wanted = _wanted("replay", id, group, consumer, topic, type, key)
         by = replaying.Who(who or _somebody(), why)
-        tables = self.outbox.tables
-        until = self._run(replaying.now)
-        count, skipped = 0, []
+        # what dies again while this goes on is not taken again
+        until = self._run(now)
+        count = 0
+        skipped: list[uuid.UUID] = []
         while limit is None or count < limit:
             size = replaying.AT_ONCE if limit is None else min(replaying.AT_ONCE, limit - count)
-
-            def work(connection: sa.Connection, size: int = size) -> replaying.Batch:
-                return replaying.replay(connection, tables, wanted, by, until=until, limit=size, without=skipped)
-
+            work = partial(
+                replaying.replay,
+                tables=self.outbox.tables,
+                wanted=wanted,
+                who=by,
+                until=until,
+                limit=size,
+                without=skipped,
+            )
             batch = self._run(work)
             count += batch.count
             skipped += batch.skipped
@@ -149,7 +156,7 @@ class DeadLetters:
         as `replay` is. Returns how many."""
         wanted = _wanted("discard", id, group, consumer, topic, type, key)
         by = replaying.Who(who or _somebody(), why)
-        until = self._run(replaying.now)
+        until = self._run(now)
         count, more = 0, True
         while more:
             batch = self._run(lambda c: replaying.discard(c, self.outbox.tables, wanted, by, until=until))

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 import sqlalchemy as sa
 
 from outbox._message import Outgoing, new_id
-from outbox.tables import Tables, insert_if_absent
+from outbox.tables import Tables, UtcDateTime, clock, insert_if_absent
 from outbox.transport import Outcome
 
 STACK_BYTES: Final = 8 * 1024
@@ -161,6 +161,12 @@ def write_relay(
             first_failed_at=first_failed_at,
         ),
     )
+
+
+def now(connection: sa.Connection) -> dt.datetime:
+    """The database's clock: what is compared with ``dead_at`` comes from where that came from."""
+    found: dt.datetime = connection.execute(sa.select(sa.type_coerce(clock(), UtcDateTime()))).scalar_one()
+    return found
 
 
 # ---------------------------------------------------------------- whose code a frame is

@@ -43,13 +43,6 @@ class Who:
     why: str | None
 
 
-def now(connection: sa.Connection) -> dt.datetime:
-    """The database's clock. Replaying stops at what was dead when it began: what dies again meanwhile is not taken again."""
-    column = sa.type_coerce(clock(), _instant_of())
-    found: dt.datetime = connection.execute(sa.select(column)).scalar_one()
-    return found
-
-
 def replay(
     connection: sa.Connection,
     tables: Tables,
@@ -116,7 +109,7 @@ def _take(
     until: dt.datetime,
     limit: int,
     without: Sequence[uuid.UUID],
-) -> Sequence[sa.Row[Any]]:
+) -> list[Any]:
     """Lock open dead letters. Of two operators at once the second waits, and then finds them closed."""
     letter = tables.dead_letter
     if connection.dialect.name == "sqlite":
@@ -145,7 +138,7 @@ def _take(
     )
     if without:
         query = query.where(letter.c.id.not_in(without))
-    return connection.execute(query).all()
+    return list(connection.execute(query).all())
 
 
 def _sequence(row: sa.Row[Any]) -> int:
@@ -231,9 +224,3 @@ def _audit(connection: sa.Connection, tables: Tables, action: str, wanted: Filte
         tables.audit.insert(),
         {"action": action, "who": who.who[:255], "why": who.why, "target": wanted.text(), "count": count},
     )
-
-
-def _instant_of() -> sa.types.TypeEngine[dt.datetime]:
-    from outbox.tables import UtcDateTime
-
-    return UtcDateTime()

@@ -126,8 +126,7 @@ class LogSubscription:
             left = deadline - clock()
             if left <= 0:
                 break
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._awake.wait(), min(left, pause))
+            await _wait(self._awake, min(left, pause))
             pause = min(2 * pause, POLL[1])
         return []
 
@@ -208,9 +207,8 @@ class LogSubscription:
 
     async def _keep(self) -> None:
         trouble = ""
-        while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._tend_now.wait(), min(TEND, self._member.session / 4))
+        while not self.closed:
+            await _wait(self._tend_now, min(TEND, self._member.session / 4))
             self._tend_now.clear()
             try:
                 await self._tend()
@@ -339,3 +337,10 @@ class LogSubscription:
             except (OutboxError, TimeoutError) as error:
                 logger.warning("group %s: the last commit failed: %s", self._group, error or "timed out")
         await self._log.close(abort=True)
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    # Not asyncio.wait_for: in Python 3.11 that can swallow a cancellation.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

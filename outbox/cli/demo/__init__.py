@@ -27,7 +27,9 @@ def register(commands: Any) -> None:
     parser.add_argument("--database", metavar="URL", help="default: SQLite files in a temporary folder")
     parser.add_argument("--transport", metavar="URL", help="default: the local broker, a file in the same folder")
     parser.add_argument("--keep", action="store_true", help="leave the data to look at")
-    parser.add_argument("--seed", type=int, default=None, help="which orders roll back or are poison, and when kills come")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="which orders roll back or are poison, and when kills come"
+    )
     parser.add_argument("--json", action="store_true", help="the last line is a JSON object")
     parser.set_defaults(do=do)
 
@@ -100,7 +102,9 @@ class Demo:
                 await transport.close()
 
         asyncio.run(declare())
-        self._say(f"seed {self.seed}; shop: {_shown(self.shop)}; broker: {self.transport_url.split('?')[0].split('@')[-1]}")
+        self._say(
+            f"seed {self.seed}; shop: {_shown(self.shop)}; broker: {self.transport_url.split('?')[0].split('@')[-1]}"
+        )
 
     def _sell_kill_count(self) -> tuple[dict[str, Any], bool]:
         from outbox.cli.demo import count
@@ -238,7 +242,9 @@ class Demo:
         from outbox import DeadLetters
         from outbox.cli.demo.shop import outbox
 
-        return DeadLetters(outbox, database=self.billing).replay(why="the voucher bug is mended")
+        return (
+            DeadLetters(outbox, database=self.billing).replay(consumer="billing", why="the voucher bug is mended").count
+        )
 
     # ------------------------------------------------------------ talking
 
@@ -275,9 +281,13 @@ class Demo:
         print("\n" if self.interactive else "")
         for name, value in rows:
             print(f"  {name:<45} {value:>9,}")
-        print(f"\n  {'All counts are right.' if ok else 'SOMETHING IS WRONG.'} ({table['seconds']} s, counted from the databases and the topic)")
+        verdict = "All counts are right." if ok else "SOMETHING IS WRONG."
+        print(f"\n  {verdict} ({table['seconds']} s, counted from the databases and the topic)")
         if self.options.keep:
-            print(f"  Left to look at: {self.folder}" + (f", schema {os.environ['OUTBOX_DEMO_SCHEMA']}" if self.options.database else ""))
+            print(
+                f"  Left to look at: {self.folder}"
+                + (f", schema {os.environ['OUTBOX_DEMO_SCHEMA']}" if self.options.database else "")
+            )
         if self.options.json:
             print_json({**table, "ok": ok})
 

@@ -1,0 +1,190 @@
+"""Draining a backlog from PostgreSQL to Kafka, beside its two halves alone; memory over a million rows; an idle relay."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+
+import psutil
+import psycopg
+import sqlalchemy as sa
+from aiokafka import AIOKafkaProducer
+
+from benchmarks.figures import Report
+from benchmarks.servers import kafka, postgresql
+from outbox import Outbox
+from outbox.relay import Relay
+from outbox.transports import open_transport
+
+PARTITIONS = 6
+BATCH = 2000
+
+FILL = """
+insert into outbox_message (id, bucket, topic, key, type, payload, content_type, headers)
+select gen_random_uuid(), (g % {keys}) % 64, '{topic}', 'k' || (g % {keys}), 'order.placed',
+       convert_to(repeat('x', 300), 'UTF8'), 'application/json',
+       '{{"traceparent":"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}}'
+from generate_series(1, {rows}) g
+"""
+
+
+def fill(engine: sa.Engine, topic: str, keys: int, rows: int) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql("truncate outbox_message")
+        connection.exec_driver_sql(FILL.format(topic=topic, keys=keys, rows=rows))
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("vacuum analyze outbox_message")
+        connection.exec_driver_sql("checkpoint")
+
+
+async def bare_read_delete(url: str, rows: int) -> float:
+    """Rows a second: read in batches, delete by list, publish nothing."""
+    async with await psycopg.AsyncConnection.connect(url.replace("+psycopg", ""), autocommit=True) as db:
+        start, floor = time.perf_counter(), 0
+        query = (
+            "select position, id::text, topic, key, type, payload, content_type, headers, bucket from outbox_message"
+            " where position > %s order by position limit %s"
+        )
+        while True:
+            found = await (await db.cursor(binary=True).execute(query, (floor, BATCH))).fetchall()
+            if not found:
+                return rows / (time.perf_counter() - start)
+            floor = found[-1][0]
+            await db.execute("delete from outbox_message where position = any(%s)", ([row[0] for row in found],))
+
+
+async def bare_publish(broker: str, topic: str, keys: int, rows: int) -> float:
+    """Messages a second: the client as well as one can use it, from memory, four batches in flight."""
+    producer = AIOKafkaProducer(
+        bootstrap_servers=broker.removeprefix("kafka://"), enable_idempotence=True, acks="all", max_batch_size=1 << 18
+    )
+    await producer.start()
+    try:
+        await producer.partitions_for(topic)
+        headers = [
+            ("outbox-id", str(uuid.uuid4()).encode()),
+            ("outbox-type", b"order.placed"),
+            ("content-type", b"application/json"),
+        ]
+        value, names = b"x" * 300, [f"k{n}".encode() for n in range(keys)]
+        start = time.perf_counter()
+        in_flight: list[Sequence[asyncio.Future[object]]] = []
+        for at in range(0, rows, BATCH):
+            futures = []
+            builders = {p: producer.create_batch() for p in range(PARTITIONS)}
+            for n in range(at, min(rows, at + BATCH)):
+                place = n % keys % PARTITIONS
+                if builders[place].append(key=names[n % keys], value=value, timestamp=None, headers=headers) is None:
+                    builders[place].close()
+                    futures.append(await producer.send_batch(builders[place], topic, partition=place))
+                    builders[place] = producer.create_batch()
+                    builders[place].append(key=names[n % keys], value=value, timestamp=None, headers=headers)
+            for place, builder in builders.items():
+                builder.close()
+                futures.append(await producer.send_batch(builder, topic, partition=place))
+            in_flight.append(futures)
+            if len(in_flight) >= 4:
+                await asyncio.gather(*in_flight.pop(0))
+        for futures in in_flight:
+            await asyncio.gather(*futures)
+        return rows / (time.perf_counter() - start)
+    finally:
+        await producer.stop()
+
+
+async def drain(outbox: Outbox, url: str, broker: str, rows: int) -> float:
+    """Messages a second of one relay, from its start to the last settled row."""
+    relay = Relay(outbox, database=url, transport=broker)
+    start = time.perf_counter()
+    drained = await relay.adrain()
+    took = time.perf_counter() - start
+    if drained.sent != rows:
+        raise RuntimeError(f"{drained.sent} of {rows} messages were sent")
+    return rows / took
+
+
+async def declare(broker: str, topic: str) -> None:
+    transport = open_transport(broker)
+    try:
+        await transport.connect()
+        await transport.declare([topic], partitions=PARTITIONS)
+    finally:
+        await transport.close()
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "outbox", "relay", *arguments]
+
+
+def peak_memory(url: str, broker: str) -> float:
+    """MB of a relay process that drains what is there."""
+    child = subprocess.Popen(
+        command("--database", url, "--transport", broker, "--drain"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode != 0:
+        raise RuntimeError(f"the relay ended with status {child.returncode}")
+    return usage.ru_maxrss / 1024
+
+
+def idle_cpu(url: str, broker: str, seconds: float) -> float:
+    """Percent of a core that a relay with nothing to do takes, at a poll of 20 ms."""
+    child = subprocess.Popen(
+        command("--database", url, "--transport", broker, "--poll", "0.02"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        process = psutil.Process(child.pid)
+        time.sleep(4)  # its start is not what is measured
+        before = sum(process.cpu_times()[:2])
+        time.sleep(seconds)
+        return (sum(process.cpu_times()[:2]) - before) / seconds * 100
+    finally:
+        child.terminate()
+        child.wait()
+
+
+def run(report: Report, *, repeat: int, scale: float) -> None:
+    with postgresql() as url, kafka() as broker:
+        outbox = Outbox()
+        engine = sa.create_engine(url)
+        try:
+            outbox.metadata.create_all(engine)
+            topic = f"bench-{uuid.uuid4().hex[:8]}"
+            asyncio.run(declare(broker, topic))
+            for keys, rows in ((1000, 100_000), (16, 100_000)):
+                count = round(rows * scale)
+                reads, publishes, rates = [], [], []
+                for _ in range(repeat):
+                    fill(engine, topic, keys, count)
+                    reads.append(asyncio.run(bare_read_delete(url, count)))
+                    publishes.append(asyncio.run(bare_publish(broker, topic, keys, count)))
+                    fill(engine, topic, keys, count)
+                    rates.append(asyncio.run(drain(outbox, url, broker, count)))
+                name = f"keys{keys}.rows{rows}"
+                report.figure(f"relay.bare.read_delete.{name}", reads, "msg/s")
+                report.figure(f"relay.bare.publish.{name}", publishes, "msg/s")
+                report.figure(
+                    f"relay.postgresql.kafka.{name}",
+                    rates,
+                    "msg/s",
+                    reference="slower_bare_half",
+                    ratios=[
+                        rate / min(read, publish) for rate, read, publish in zip(rates, reads, publishes, strict=True)
+                    ],
+                )
+            rows = round(1_000_000 * scale)
+            fill(engine, topic, 1000, rows)
+            report.figure("relay.memory.rows1000000", [peak_memory(url, broker)], "MB")
+            report.figure("relay.idle.poll20ms", [idle_cpu(url, broker, 20 * scale) for _ in range(repeat)], "% core")
+        finally:
+            engine.dispose()

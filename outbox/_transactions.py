@@ -1,0 +1,235 @@
+"""Which connection a row of ours has to go through, so that it commits with the data of a session's transaction.
+
+SQLAlchemy does not tell which of its connections a session has written to, so the statements are looked at
+(``see_statement``); `outbox.staging` passes on the events. Nothing here asks for a connection before a commit, since on an
+``AsyncSession`` that would need an await.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session, SessionTransaction
+
+from outbox.errors import TransactionError
+
+_connections: weakref.WeakKeyDictionary[Session, list[sa.Connection]] = weakref.WeakKeyDictionary()
+_written: weakref.WeakSet[sa.RootTransaction] = weakref.WeakSet()
+_prepared: weakref.WeakSet[sa.RootTransaction] = weakref.WeakSet()
+_bare_savepoints: weakref.WeakKeyDictionary[sa.RootTransaction, int] = weakref.WeakKeyDictionary()
+
+
+# ---------------------------------------------------------------- sessions and their connections
+
+
+def join(session: Session, connection: sa.Connection) -> None:
+    """The session's transaction holds this connection from now on."""
+    connections = _connections.setdefault(session, [])
+    if not any(c is connection for c in connections):
+        connections.append(connection)
+
+
+def part(session: Session) -> None:
+    """The session's transaction has ended."""
+    _connections.pop(session, None)
+
+
+def held(session: Session) -> list[sa.Connection]:
+    """The connections in a transaction that the session's transaction holds."""
+    return [c for c in _connections.get(session, ()) if not c.closed and c.get_transaction() is not None]
+
+
+def has_held(session: Session) -> bool:
+    """Whether the session's transaction ever had a connection."""
+    return bool(_connections.get(session))
+
+
+def root_of(transaction: SessionTransaction) -> SessionTransaction:
+    while transaction.parent is not None:
+        transaction = transaction.parent
+    return transaction
+
+
+def savepoints_of(session: Session) -> tuple[weakref.ref[SessionTransaction], ...]:
+    """The open savepoints of the session, innermost first."""
+    found = []
+    transaction = session.get_nested_transaction()
+    while transaction is not None:
+        if transaction.nested:
+            found.append(weakref.ref(transaction))
+        transaction = transaction.parent
+    return tuple(found)
+
+
+# ---------------------------------------------------------------- the right connection
+
+
+def connection_for(session: Session, table: sa.Table, bind_arguments: Mapping[str, Any] | None = None) -> sa.Connection:
+    """The connection through which a row of ours commits together with the data of this session's transaction: the one
+    that it has written to, else the one that the bind arguments, or an UPDATE of the table, resolve to. Never one that
+    the data did not go through. Raises `TransactionError`."""
+    connections = held(session)
+    writers = [connection for connection in connections if has_written(connection)]
+    if bind_arguments is None and len(writers) == 1 and not session.twophase:
+        chosen = writers[0]  # whatever get_bind would say
+    else:
+        bind = _bind(session, table, bind_arguments)
+        if bind is None:
+            if len(connections) != 1:
+                raise TransactionError(
+                    f"the session cannot tell which database {table.name!r} is in: pass bind_arguments={{'mapper': "
+                    "YourEntity}, which resolve to the database of your data"
+                )
+            bind = connections[0]
+        found = _through(connections, bind)
+        if writers and found not in writers and not session.twophase:
+            raise TransactionError(
+                f"{table.name!r} would be written to {bind.engine.url!r}, which this transaction has not written to, so "
+                "it could not commit together with your data. Pass bind_arguments={'mapper': YourEntity}, which resolve "
+                "to the database of your data, or use Session(twophase=True)"
+            )
+        chosen = session.connection(bind_arguments={"bind": bind}) if found is None else found
+    refuse_unfit(chosen)
+    return chosen
+
+
+def likely_connection(
+    session: Session, table: sa.Table, bind_arguments: Mapping[str, Any] | None
+) -> sa.Connection | None:
+    """The same as far as it can be said now, among the connections that there are."""
+    connections = held(session)
+    if bind_arguments is None:
+        if len(connections) < 2:
+            return connections[0] if connections else None
+        writers = [connection for connection in connections if has_written(connection)]
+        if len(writers) == 1:
+            return writers[0]
+    bind = _bind(session, table, bind_arguments)
+    return None if bind is None else _through(connections, bind)
+
+
+def _bind(
+    session: Session, table: sa.Table, bind_arguments: Mapping[str, Any] | None
+) -> sa.Engine | sa.Connection | None:
+    # An UPDATE, since the routing recipe of SQLAlchemy's documentation takes that for a write, an INSERT only in a flush.
+    arguments: Mapping[str, Any] = {"clause": sa.update(table)} if bind_arguments is None else bind_arguments
+    try:
+        bind: sa.Engine | sa.Connection = arguments.get("bind") or session.get_bind(**arguments)
+    except sa.exc.UnboundExecutionError as error:
+        if bind_arguments is None:
+            return None
+        raise TransactionError(f"the bind_arguments resolve to no database: {error}") from error
+    return bind
+
+
+def _through(connections: list[sa.Connection], bind: sa.Engine | sa.Connection) -> sa.Connection | None:
+    """The connection among these that goes to the same database."""
+    pool = bind.engine.pool  # an engine with other execution options shares it
+    return next((c for c in connections if c is bind or c.engine.pool is pool), None)
+
+
+def refuse_unfit(connection: sa.Connection) -> None:
+    """Raise `TransactionError` where a row written now would not commit with the connection's transaction."""
+    if connection.closed or connection.invalidated:
+        raise TransactionError("the connection is closed or lost: add the message while its transaction is open")
+    transaction = connection.get_transaction()
+    if transaction is not None and (not transaction.is_active or transaction in _prepared):
+        raise TransactionError(
+            "the connection's transaction is not active (it failed, was prepared or has ended): begin a new one"
+        )
+    refuse_autocommit(connection)
+
+
+def refuse_autocommit(bind: sa.Connection | sa.Engine) -> None:
+    """Raise `TransactionError` if each statement commits by itself there."""
+    level = bind.get_execution_options().get("isolation_level")
+    if level is None:
+        # create_engine(isolation_level=…) is kept here only, without a public name; asking the DBAPI instead would take
+        # SQLite's documented "isolation_level = None plus our own BEGIN" for autocommit
+        level = getattr(bind.dialect, "_on_connect_isolation_level", None)
+    if level is None and bind.dialect.name == "postgresql" and isinstance(bind, sa.Connection):
+        # connect_args={"autocommit": True}
+        level = "AUTOCOMMIT" if getattr(bind.connection.dbapi_connection, "autocommit", False) else None
+    if level == "AUTOCOMMIT":
+        raise TransactionError(
+            "the connection is in autocommit mode, so a message could not commit together with your data: "
+            "use a connection or engine with another isolation_level"
+        )
+
+
+# ---------------------------------------------------------------- what statements tell
+
+
+_WRITES: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE", "COPY", "CALL"})
+
+
+def see_statement(connection: sa.Connection, statement: str, context: Any) -> tuple[str, str]:
+    """Note whether the statement writes. Returns its first two words where they are not a query's: ('COMMIT', '')."""
+    if context is None or statement.startswith("SELECT"):
+        return "", ""
+    if context.isinsert or context.isupdate or context.isdelete:
+        _note_write(connection)
+        return "", ""
+    words = statement.split(None, 2)
+    word = words[0].upper() if words else ""
+    if word in _WRITES:
+        _note_write(connection)
+    return word, words[1] if len(words) > 1 else ""
+
+
+def _note_write(connection: sa.Connection) -> None:
+    transaction = connection.get_transaction()
+    if transaction is not None:
+        _written.add(transaction)
+
+
+def has_written(connection: sa.Connection) -> bool:
+    """Whether the connection's transaction has written anything."""
+    return connection.get_transaction() in _written
+
+
+def note_prepared(connection: sa.Connection) -> None:
+    """The connection's two-phase transaction was prepared: nothing can be added to it."""
+    transaction = connection.get_transaction()
+    if transaction is not None:
+        _prepared.add(transaction)
+
+
+def no_transaction_is_open(connection: sa.Connection) -> bool:
+    """Whether the driver knows that the database is in no transaction, without asking the server. False: unknown."""
+    with suppress(Exception):
+        driver: Any = connection.connection.driver_connection
+        if hasattr(driver, "in_transaction"):  # sqlite3, aiosqlite
+            return not driver.in_transaction
+        if hasattr(driver, "is_in_transaction"):  # asyncpg
+            return not driver.is_in_transaction()
+        return int(driver.info.transaction_status) == 0  # psycopg, psycopg2: IDLE
+    return False
+
+
+# "If a RELEASE command releases the outermost savepoint, so that the transaction stack becomes empty, then RELEASE is the
+# same as COMMIT" (sqlite.org/lang_savepoint.html). And it is the outermost, since sqlite3 sends no BEGIN before a SAVEPOINT
+# unless it is told to. What SQLAlchemy rolls back after that is committed all the same.
+
+
+def savepoint_begins(connection: sa.Connection) -> None:
+    """A SAVEPOINT is about to be sent."""
+    transaction = connection.get_transaction()
+    if transaction is None or connection.dialect.name != "sqlite":
+        return
+    depth = _bare_savepoints.get(transaction, 0)
+    if depth or no_transaction_is_open(connection):
+        _bare_savepoints[transaction] = depth + 1
+
+
+def savepoint_ends(connection: sa.Connection) -> bool:
+    """A savepoint is about to be released or rolled back to. True: releasing it commits."""
+    transaction = connection.get_transaction()
+    depth = _bare_savepoints.pop(transaction, 0) if transaction is not None else 0
+    if transaction is not None and depth > 1:
+        _bare_savepoints[transaction] = depth - 1
+    return depth == 1
