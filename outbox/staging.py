@@ -221,39 +221,46 @@ def _drop(session: Session, root: SessionTransaction, gone: Callable[[Row], bool
         rows[:] = [row for row in rows if not (row.of(session) and gone(row))]
 
 
+def _alike(rows: list[Row]) -> list[list[Row]]:
+    """The rows by what decides through which connection they go, in the order of ``add``."""
+    groups: dict[tuple[sa.Table, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.table, id(row.bind_arguments)), []).append(row)
+    return list(groups.values())
+
+
 def _attach(session: Session, root: SessionTransaction) -> None:
     """Put rows that waited for a connection onto theirs, if it is there by now."""
-    rows = _on_session.pop(root, [])
-    try:
-        for row in rows:
-            connection = transactions.likely_connection(session, row.table, row.bind_arguments)
-            if connection is not None:
-                transactions.refuse_unfit(connection)
-                _append(connection, [row])
-    finally:
-        left = [row for row in rows if not any(row in _rows(c) for c in transactions.held(session))]
-        if left:
-            _on_session[root] = left
+    placed = []
+    for rows in _alike(_on_session.get(root, [])):
+        connection = transactions.likely_connection(session, rows[0].table, rows[0].bind_arguments)
+        if connection is not None:
+            transactions.refuse_unfit(connection)
+            placed.append((connection, rows))
+    for connection, rows in placed:
+        _append(connection, rows)
+    done = {row for _, rows in placed for row in rows}
+    if done:
+        _on_session[root] = [row for row in _on_session[root] if row not in done]
+        if not _on_session[root]:
+            del _on_session[root]
 
 
 def _settle(session: Session, root: SessionTransaction) -> None:
     """Put each row onto the connection that it commits with. Before the commit that is a guess: the only connection may
     have been a replica's, and the leader's came later."""
     connections = transactions.held(session)
-    if root not in _on_session and len(connections) == 1 and not session.twophase:
-        if transactions.has_written(connections[0]):
-            return  # as nearly always
-    chosen: dict[tuple[sa.Table, int], sa.Connection] = {}
+    sole = root not in _on_session and len(connections) == 1 and not session.twophase
+    if sole and transactions.has_written(connections[0]):
+        return  # as nearly always
     moves: dict[sa.Connection, list[Row]] = {}
-    for row in _waiting(session, root):
-        key = (row.table, id(row.bind_arguments))
-        if key not in chosen:
-            chosen[key] = transactions.connection_for(session, row.table, row.bind_arguments)
-        moves.setdefault(chosen[key], []).append(row)
+    for rows in _alike(_waiting(session, root)):
+        connection = transactions.connection_for(session, rows[0].table, rows[0].bind_arguments)
+        moves.setdefault(connection, []).extend(rows)
     _drop(session, root, lambda row: True)
     _on_session.pop(root, None)
     for connection, rows in moves.items():
-        _append(connection, rows)
+        _append(connection, sorted(rows, key=_BY_NUMBER))
 
 
 def _insert(connection: sa.Connection, session: Session | None = None) -> None:
@@ -296,9 +303,10 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
         return
     # Only now is there a SAVEPOINT; what belongs to it may have been staged before.
     state = _state(connection)
-    for row in () if state is None else state.rows:
-        if row.within(transaction):
-            row.stamp = state.clock
+    if state is not None:
+        for row in state.rows:
+            if row.within(transaction):
+                row.stamp = state.clock
 
 
 def _after_flush_postexec(session: Session, context: Any) -> None:

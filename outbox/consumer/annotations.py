@@ -3,6 +3,7 @@ enclosing function, or were imported under ``if TYPE_CHECKING``."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import types
@@ -29,10 +30,7 @@ def resolve(annotation: Any, function: Callable[..., Any], local: Mapping[str, A
     """
     if not isinstance(annotation, str):
         return annotation
-    plain = inspect.unwrap(function)
-    plain = getattr(plain, "__func__", plain)
-    if not hasattr(plain, "__globals__"):
-        plain = getattr(type(plain), "__call__", plain)
+    plain = plain_function(function)
     names: dict[str, Any] = dict(getattr(plain, "__globals__", {}))
     names.update(local)
     code, closure = getattr(plain, "__code__", None), getattr(plain, "__closure__", None)
@@ -45,6 +43,17 @@ def resolve(annotation: Any, function: Callable[..., Any], local: Mapping[str, A
         return eval(annotation, names)  # the handler's own source text
     except Exception as error:
         raise Unresolved(f"{annotation!r}: {error}") from error
+
+
+def plain_function(function: Any) -> Any:
+    """The function behind a decorated one, a partial, a bound method, or an object that can be called."""
+    plain = inspect.unwrap(function) if callable(function) else function
+    while isinstance(plain, functools.partial):
+        plain = inspect.unwrap(plain.func)
+    plain = getattr(plain, "__func__", plain)
+    if not inspect.isroutine(plain) and not isinstance(plain, type):
+        plain = vars(type(plain)).get("__call__", plain)
+    return plain
 
 
 def strip(annotation: Any) -> Any:

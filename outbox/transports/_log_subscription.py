@@ -12,7 +12,7 @@ from typing import Final
 from outbox.errors import ConfigurationError, OutboxError, Unavailable
 from outbox.transport import Delivery, Revoked
 from outbox.transports._group import Group, Member, Owned, Replaced, TopicPartition
-from outbox.transports._log import Log, Stored, Topic
+from outbox.transports._log import Log, Stored, Topic, unpack_headers
 from outbox.transports._offsets import Offsets, Progress
 
 logger = logging.getLogger("outbox.transports")
@@ -159,7 +159,7 @@ class LogSubscription:
         for place, rows in found.items():
             held = self._held.get(place)
             # While the log was read the partition may have been lost, paused, or lost and owned again.
-            if held is None or not rows or held.offsets.end > rows[0].offset or place in self._leaving:
+            if held is None or not rows or held.offsets.end > rows[0][0] or place in self._leaving:
                 continue
             topic, partition = place
             topic_id, hand_out = held.topic_id, held.offsets.hand_out
@@ -169,7 +169,7 @@ class LogSubscription:
                         topic=topic,
                         payload=payload,
                         key=key,
-                        headers=headers,
+                        headers=unpack_headers(headers),
                         partition=partition,
                         offset=offset,
                         topic_id=topic_id,

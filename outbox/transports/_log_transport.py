@@ -7,12 +7,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Final, TypedDict
 
-from outbox import wire
 from outbox._message import Outgoing
 from outbox.errors import DecodingError, MessageTooLarge, OutboxError, Unavailable
 from outbox.transport import SENT, Capabilities, Outcome, Revoked, Subscription
 from outbox.transports._group import TopicPartition
-from outbox.transports._log import Log, Row, Topic
+from outbox.transports._headers import headers
+from outbox.transports._log import Log, Row, Topic, pack_headers
 from outbox.transports._log_subscription import LogSubscription
 from outbox.transports._partition import KeyHashes
 from outbox.transports._pipeline import EVERYTHING, Pipeline
@@ -128,15 +128,14 @@ class LogTransport:
     ) -> Outcome:
         topic = message.topic
         if topic in failed:
-            why = "is held back behind a batch that failed" if topic in topics else "does not exist"
-            return Outcome.unavailable(f"topic {topic!r} {why}", scope="topic")
+            return _unavailable(topic, topics)
         try:
-            headers = wire.headers(message)
+            found = headers(message)
         except DecodingError as error:
             return Outcome.reject(str(error), error)
         key = message.key
-        row = Row(None if key is None else key.encode(), message.payload, headers)
-        if self._limit is not None and (size := _size(row)) > self._limit:
+        row = (None if key is None else key.encode(), message.payload, pack_headers(found))
+        if self._limit is not None and (size := _size(row, found)) > self._limit:
             large = MessageTooLarge(f"message {message.id} for {topic!r} has {size} bytes, the limit is {self._limit}")
             return Outcome.reject(str(large), large)
         partition = (next(self._turn) if key is None else self._hashes[key]) % topics[topic].partitions
@@ -186,10 +185,12 @@ class LogTransport:
         await self._log.close(abort=abort)
 
 
-def _size(row: Row) -> int:
+def _unavailable(topic: str, topics: Mapping[str, Topic]) -> Outcome:
+    why = "is held back behind a batch that failed" if topic in topics else "does not exist"
+    return Outcome.unavailable(f"topic {topic!r} {why}", scope="topic")
+
+
+def _size(row: Row, found: list[tuple[str, bytes]]) -> int:
     """Bytes of everything that the message brings along."""
-    return (
-        len(row.payload or b"")
-        + len(row.key or b"")
-        + sum(len(name.encode()) + len(value) for name, value in row.headers)
-    )
+    key, payload, _ = row
+    return len(payload or b"") + len(key or b"") + sum(len(name.encode()) + len(value) for name, value in found)

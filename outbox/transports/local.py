@@ -22,8 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar, TypeVarTuple
 
-import msgspec
-
 from outbox.errors import ConfigurationError, Unavailable
 from outbox.transports._group import Group, Member, Share, TopicPartition
 from outbox.transports._log import Bell, Row, Stored, Topic
@@ -57,9 +55,6 @@ _TOPICS: Final = """SELECT topic.name, topic.id, count(*) FROM topic JOIN partit
     WHERE topic.name IN (SELECT value FROM json_each(?)) GROUP BY topic.name"""
 _READ: Final = """SELECT place, key, payload, headers, stored_at FROM message
     WHERE place >= ? AND place < ? ORDER BY place LIMIT ?"""
-
-_pack = msgspec.msgpack.Encoder().encode
-_unpack = msgspec.msgpack.Decoder(list[tuple[str, bytes]]).decode
 
 
 def from_url(url: Url) -> LogTransport:
@@ -190,13 +185,10 @@ class LocalLog:
 
     def append(self, rows: Mapping[TopicPartition, Sequence[Row]]) -> None:
         now = time.time_ns() // 1_000_000
-        packed = [
-            (place, [(key, payload, _pack(headers)) for key, payload, headers in new]) for place, new in rows.items()
-        ]
         db = self._connection()
 
         def store() -> None:
-            for place, new in packed:
+            for place, new in rows.items():
                 id, end = db.execute(
                     'UPDATE partition SET "end" = "end" + ? WHERE topic = ? AND number = ? RETURNING id, "end"',
                     (len(new), *place),
@@ -231,7 +223,7 @@ class LocalLog:
         for place, key, payload, headers, stored_at in rows:
             if stored_at != last:  # the same for a whole batch
                 last, when = stored_at, datetime.fromtimestamp(stored_at / 1000, UTC)
-            result.append(Stored(place - base, key, payload, _unpack(headers), when))
+            result.append((place - base, key, payload, headers, when))
         return result
 
     def _id(self, place: TopicPartition) -> int:

@@ -8,6 +8,7 @@ import asyncio
 import threading
 import time
 import uuid
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TypeVar, TypeVarTuple
@@ -56,7 +57,7 @@ class MemoryLog:
         self.bell = Bell()
         self._lock = threading.RLock()
         self._topics: dict[str, Topic] = {}
-        self._rows: dict[TopicPartition, list[Stored]] = {}
+        self._partitions: dict[TopicPartition, _Partition] = {}
         self._groups: dict[str, Group] = {}
 
     async def run(self, work: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
@@ -78,7 +79,7 @@ class MemoryLog:
             if topic is None and create is not None:
                 topic = self._topics[name] = Topic(uuid.uuid4().hex, create)
                 for partition in range(create):
-                    self._rows[name, partition] = []
+                    self._partitions[name, partition] = _Partition()
             if topic is not None:
                 found[name] = topic
         return found
@@ -86,14 +87,12 @@ class MemoryLog:
     def append(self, rows: Mapping[TopicPartition, Sequence[Row]]) -> None:
         now = datetime.now(UTC)
         for place, new in rows.items():
-            log = self._rows[place]
-            offset = len(log)
-            log += [Stored(offset + at, key, payload, headers, now) for at, (key, payload, headers) in enumerate(new)]
+            self._partitions[place].append(new, now)
 
     def read(self, wanted: Sequence[tuple[TopicPartition, int, int]], limit: int) -> dict[TopicPartition, list[Stored]]:
         found = {}
         for place, offset, most in wanted:
-            rows = self._rows[place][offset : offset + min(most, limit)]
+            rows = self._partitions[place].read(offset, min(most, limit))
             if rows:
                 found[place] = rows
                 limit -= len(rows)
@@ -106,3 +105,30 @@ class MemoryLog:
 
     async def close(self, *, abort: bool = False) -> None:
         pass
+
+
+class _Partition:
+    # A tuple a batch, because the garbage collector walks through a list of all messages again and again, which made up
+    # most of the cost from 100,000 messages on; it leaves tuples alone that hold nothing but bytes and numbers.
+    def __init__(self) -> None:
+        self._batches: list[tuple[Stored, ...]] = []
+        self._starts: list[int] = []
+        self._end = 0
+
+    def append(self, rows: Sequence[Row], now: datetime) -> None:
+        self._starts.append(self._end)
+        self._batches.append(
+            tuple(
+                [(offset, key, payload, headers, now) for offset, (key, payload, headers) in enumerate(rows, self._end)]
+            )
+        )
+        self._end += len(rows)
+
+    def read(self, offset: int, most: int) -> list[Stored]:
+        found: list[Stored] = []
+        at = bisect_right(self._starts, offset) - 1
+        while at >= 0 and at < len(self._batches) and len(found) < most:
+            skip = max(0, offset - self._starts[at])
+            found += self._batches[at][skip : skip + most - len(found)]
+            at += 1
+        return found

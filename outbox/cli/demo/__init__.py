@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import sys
@@ -15,6 +16,7 @@ import sqlalchemy as sa
 
 from outbox.cli._common import print_json
 from outbox.errors import ConfigurationError
+from outbox.stores._run import unavailable
 
 CUSTOMERS = 200
 POISON = 5
@@ -67,9 +69,11 @@ class Demo:
 
     def run(self) -> int:
         started = time.monotonic()
-        self._set_up()
         try:
+            self._set_up()
             table, ok = self._sell_kill_count()
+        except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+            raise unavailable(self.shop, error) from error
         finally:
             self._tear_down()
         table["seconds"] = round(time.monotonic() - started, 1)
@@ -207,7 +211,8 @@ class Demo:
         from outbox.cli.demo.shop import Base
 
         if not self.options.keep and Base.metadata.schema:
-            with self.shop.begin() as connection:
+            # where the database cannot be reached there is nothing to remove, and the first error is the one to see
+            with contextlib.suppress(sa.exc.OperationalError), self.shop.begin() as connection:
                 connection.execute(sa.schema.DropSchema(Base.metadata.schema, cascade=True, if_exists=True))
         self.shop.dispose()
         self.billing.dispose()
