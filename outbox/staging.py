@@ -102,6 +102,7 @@ class _Staged:
 _on_transaction: weakref.WeakKeyDictionary[sa.RootTransaction, _Staged] = weakref.WeakKeyDictionary()
 _on_session: weakref.WeakKeyDictionary[SessionTransaction, list[Row]] = weakref.WeakKeyDictionary()
 _committing: weakref.WeakSet[SessionTransaction] = weakref.WeakSet()
+_announced: weakref.WeakSet[SessionTransaction] = weakref.WeakSet()
 _released: weakref.WeakSet[SessionTransaction] = weakref.WeakSet()
 
 inserted: list[Callable[[list[Row]], None]] = []
@@ -335,8 +336,12 @@ def _before_commit(session: Session) -> None:
             _committing.discard(root)
             raise
     elif root in _on_session and not transactions.held(session):
-        # A savepoint is released, or the root commits with that savepoint open: nothing else tells, and a transaction
-        # that has no connection will commit none. So it gets one.
+        # The event comes once when a savepoint is released, and twice when its root commits and it is still open: then
+        # it never comes for the root, and a root without connection has no other commit. So it gets a connection.
+        nested = session.get_nested_transaction()
+        if nested is not None and nested not in _announced:
+            _announced.add(nested)
+            return
         row = _on_session[root][0]
         with suppress(TransactionError):
             transactions.connection_for(session, row.table, row.bind_arguments)

@@ -6,10 +6,13 @@ Exit status: 0 done; 1 the answer is no (a failed check); 2 wrong usage or confi
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Final
+
+import sqlalchemy as sa
 
 from outbox._version import __version__
 from outbox.errors import OutboxError, StoreUnavailable, TransportError
@@ -17,10 +20,11 @@ from outbox.errors import OutboxError, StoreUnavailable, TransportError
 VERBS: Final = ("relay", "consume", "status", "trace", "dlq", "migrate", "demo")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status. Errors of ours are a line on stderr, never a traceback."""
+def main(arguments: Sequence[str] | None = None, *, prog: str = "outbox") -> int:
+    """Run one command; returns its exit status. Errors of ours are a line on stderr, never a traceback. ``prog``: how the
+    user called it."""
     parser = argparse.ArgumentParser(
-        prog="outbox", description="Transactional outbox and inbox: send what is committed, once and in order."
+        prog=prog, description="Transactional outbox and inbox: send what is committed, once and in order."
     )
     parser.add_argument("--version", action="version", version=f"outbox {__version__}")
     commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
@@ -29,14 +33,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         status: int = options.do(options)
+        sys.stdout.flush()
     except (StoreUnavailable, TransportError) as error:
-        print(f"outbox {options.verb}: {error}", file=sys.stderr)
+        print(f"{prog} {options.verb}: {error}", file=sys.stderr)
         return 3
     except OutboxError as error:
-        print(f"outbox {options.verb}: {error}", file=sys.stderr)
+        print(f"{prog} {options.verb}: {error}", file=sys.stderr)
         return 2
+    except sa.exc.DBAPIError as error:
+        # the driver's words alone: SQLAlchemy's add the statement and its parameters, which are the user's data
+        what = str(error.orig).strip().splitlines()
+        print(f"{prog} {options.verb}: the database refuses: {what[0] if what else error.orig!r}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
+        # whoever read our output has enough; Python would complain of that at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status

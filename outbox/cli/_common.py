@@ -1,4 +1,4 @@
-"""What several verbs share: which outbox, which database, how to print."""
+"""What several verbs share: which outbox, which database, which broker, how to print."""
 
 from __future__ import annotations
 
@@ -7,25 +7,48 @@ import datetime as dt
 import json
 import logging
 import os
+import re
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, TypeVar
+from pathlib import Path
+from traceback import extract_tb
+from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
 
 from outbox._outbox import Outbox
-from outbox.errors import ConfigurationError
+from outbox.errors import ConfigurationError, OutboxError, StoreUnavailable
 from outbox.observe.schema import check_schema
 from outbox.stores._run import unavailable
-from outbox.stores.engine import sync_engine_for
+from outbox.stores.engine import database_url, from_environment, is_engine, sync_engine_for
 from outbox.tables import Tables
+from outbox.transport import Transport
+from outbox.transports import open_transport
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Given:
+    """An outbox and its database that need no options: a web framework's own command line knows both."""
+
+    outbox: Outbox
+    database: sa.Engine
+
+
+GIVEN: Final[ContextVar[Given | None]] = ContextVar("outbox_cli_given", default=None)
+
+
 def outbox_options(parser: argparse.ArgumentParser, *, database: bool = True) -> None:
+    given = GIVEN.get()
+    if given is not None:
+        parser.set_defaults(app=None, schema=None, prefix=None, database=given.database)
+        return
     parser.add_argument("--app", metavar="MODULE:NAME", help="your Outbox object, e.g. shop.messaging:outbox")
     parser.add_argument("--schema", help="schema of the tables, where there is no --app")
     parser.add_argument("--prefix", help="prefix of the tables, where there is no --app (default: outbox_)")
@@ -34,20 +57,27 @@ def outbox_options(parser: argparse.ArgumentParser, *, database: bool = True) ->
 
 
 def load(path: str) -> Any:
-    """The object at ``module:name``; the current folder is on the path. Raises `ConfigurationError`."""
-    module_name, colon, name = path.partition(":")
-    if not colon or not module_name or not name:
+    """The object at ``module:name``; the current folder is on the path. Raises `ConfigurationError`, also for a module that
+    cannot be imported."""
+    module_name, _, name = path.partition(":")
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", path):
         raise ConfigurationError(f"{path!r}: write module:name, for example shop.messaging:outbox")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found = import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ConfigurationError(
-                f"{path!r}: there is no module {error.name!r} (looked in {os.getcwd()} too)"
-            ) from error
+    except OutboxError:
         raise
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and (module_name == missing or module_name.startswith(missing + ".")):
+            raise ConfigurationError(
+                f"{path!r}: there is no module {missing!r} (looked in {os.getcwd()} too)"
+            ) from error
+        place = extract_tb(error.__traceback__)[-1]
+        raise ConfigurationError(
+            f"{path!r}: importing {module_name} failed: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+        ) from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise ConfigurationError(f"{path!r}: {module_name} has no {part!r}")
@@ -56,30 +86,81 @@ def load(path: str) -> Any:
 
 
 def outbox_of(options: argparse.Namespace) -> Outbox:
+    given = GIVEN.get()
+    if given is not None:
+        return given.outbox
     if options.app is None:
         return Outbox(schema=options.schema, prefix=options.prefix or "outbox_")
     if options.schema or options.prefix:
         raise ConfigurationError("--schema and --prefix say nothing beside --app: the Outbox object has its own")
     found = load(options.app)
-    # outbox_flask's wraps one, which it may only know once its app is set up
-    found = getattr(found, "outbox", found)
     if not isinstance(found, Outbox):
         raise ConfigurationError(f"--app {options.app}: this is a {type(found).__name__}, not an Outbox")
     return found
 
 
+def transport_of(options: argparse.Namespace) -> Transport:
+    """The broker of ``--transport`` or ``OUTBOX_TRANSPORT``, not connected. Raises `ConfigurationError`."""
+    url = options.transport or from_environment("OUTBOX_TRANSPORT")
+    if url is None:
+        raise ConfigurationError(
+            "no transport given: pass --transport URL, or set OUTBOX_TRANSPORT or OUTBOX_TRANSPORT_FILE; "
+            "for example kafka://host:9092 or local:messages.db"
+        )
+    return open_transport(url)
+
+
 def ask(options: argparse.Namespace, question: Callable[[sa.Connection, Tables], T]) -> T:
     """Ask the database of these options, after checking that its tables are ours."""
     tables = outbox_of(options).tables
+    require_file(options.database)
+    with connected(options) as connection:
+        check_schema(connection, tables)
+        return question(connection, tables)
+
+
+@contextmanager
+def connected(options: argparse.Namespace) -> Iterator[sa.Connection]:
+    """A transaction on the database of these options, committed at the end. Raises `StoreUnavailable` for what the driver
+    raises: not reached, not let in, not allowed."""
     engine = sync_engine_for(options.database)
     try:
         with engine.begin() as connection:
-            check_schema(connection, tables)
-            return question(connection, tables)
-    except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+            yield connection
+    except sa.exc.DBAPIError as error:
         raise unavailable(engine, error) from error
     finally:
-        engine.dispose()
+        if not is_engine(options.database):
+            engine.dispose()
+
+
+def require_file(database: str | sa.Engine | None) -> None:
+    """Raises `StoreUnavailable` for an SQLite file that is not there: SQLite would make an empty one out of a typing error.
+    Raises `ConfigurationError` for no database, or no URL."""
+    url = database.url if isinstance(database, sa.Engine) else database_url(database)
+    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:") or "uri" in url.query:
+        return
+    file = Path(str(url.database))
+    if not file.exists():
+        raise StoreUnavailable(f"{url.render_as_string(hide_password=True)}: there is no such file ({file.absolute()})")
+
+
+def positive(text: str) -> float:
+    """A number above zero, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above zero")
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
 
 
 def print_json(value: Any) -> None:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import sqlalchemy as sa
-
-from outbox.cli._common import outbox_of, outbox_options
-from outbox.stores._run import unavailable
-from outbox.stores.engine import sync_engine_for
+from outbox.cli._common import connected, outbox_of, outbox_options
 
 
 def register(commands: Any) -> None:
@@ -22,14 +18,8 @@ def do(options: argparse.Namespace) -> int:
     import outbox_migrations
 
     tables = outbox_of(options).tables
-    engine = sync_engine_for(options.database)
-    try:
-        with engine.begin() as connection:
-            steps = outbox_migrations.migrate(connection, schema=tables.schema, prefix=tables.prefix)
-    except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
-        raise unavailable(engine, error) from error
-    finally:
-        engine.dispose()
+    with connected(options) as connection:
+        steps = outbox_migrations.migrate(connection, schema=tables.schema, prefix=tables.prefix)
     print(
         f"outbox tables are at version {outbox_migrations.LATEST}"
         + (f" (ran {', '.join(steps)})" if steps else ", as they were")

@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from outbox.cli._common import log_to_stderr, outbox_of, outbox_options, print_json
+from outbox.cli._common import (
+    count,
+    log_to_stderr,
+    outbox_of,
+    outbox_options,
+    positive,
+    print_json,
+    require_file,
+    transport_of,
+)
 from outbox.relay import Limits, Relay
 
 
@@ -13,12 +22,14 @@ def register(commands: Any) -> None:
     parser = commands.add_parser("relay", help="send what is committed to the broker; SIGTERM drains")
     outbox_options(parser)
     parser.add_argument("--transport", metavar="URL", help="default: $OUTBOX_TRANSPORT")
-    parser.add_argument("--lease", type=float, default=10.0, metavar="SECONDS", help="lease time (default: 10)")
+    parser.add_argument("--lease", type=positive, default=10.0, metavar="SECONDS", help="lease time (default: 10)")
     parser.add_argument(
-        "--poll", type=float, default=0.1, metavar="SECONDS", help="longest pause on an empty table (0.1)"
+        "--poll", type=positive, default=0.1, metavar="SECONDS", help="longest pause on an empty table (0.1)"
     )
-    parser.add_argument("--batch", type=int, default=2000, metavar="ROWS", help="rows of one read (default: 2000)")
-    parser.add_argument("--drain-timeout", type=float, default=25.0, metavar="SECONDS", help="for a stop (default: 25)")
+    parser.add_argument("--batch", type=count, default=2000, metavar="ROWS", help="rows of one read (default: 2000)")
+    parser.add_argument(
+        "--drain-timeout", type=positive, default=25.0, metavar="SECONDS", help="for a stop (default: 25)"
+    )
     parser.add_argument("--drain", action="store_true", help="send what is there now, print the counts, end")
     parser.add_argument("--verbose", action="store_true")
     parser.set_defaults(do=do)
@@ -26,10 +37,12 @@ def register(commands: Any) -> None:
 
 def do(options: argparse.Namespace) -> int:
     log_to_stderr(options.verbose)
+    outbox, transport = outbox_of(options), transport_of(options)
+    require_file(options.database)
     relay = Relay(
-        outbox_of(options),
+        outbox,
         database=options.database,
-        transport=options.transport,
+        transport=transport,
         lease=options.lease,
         drain_timeout=options.drain_timeout,
         limits=Limits(batch=options.batch, window=4 * options.batch, poll=options.poll),

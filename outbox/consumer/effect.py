@@ -167,4 +167,5 @@ def install() -> None:
     """Listen to every session and connection of the process; once."""
     if not sa.event.contains(Session, "before_commit", _before_commit):
         sa.event.listen(Session, "before_commit", _before_commit)
-        sa.event.listen(sa.Engine, "savepoint", _savepoint)
+        # before staging looks at it: with a BEGIN in front its release is no commit
+        sa.event.listen(sa.Engine, "savepoint", _savepoint, insert=True)

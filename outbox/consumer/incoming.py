@@ -38,6 +38,10 @@ class Incoming:
     """Attempts that failed, as far as this process knows."""
     spared: int = 0
     """How often a failure was put down to the database, not to the message."""
+    defects: int = 0
+    """How often it could not be processed at all, through no fault of its handler."""
+    not_before: float = 0.0
+    """When its next attempt is due, by the event loop's clock."""
     given_up: bool = False
     """Its partition goes to another member: finish it or drop it, and do not begin it again."""
     task: asyncio.Task[None] | None = None

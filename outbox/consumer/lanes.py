@@ -42,7 +42,7 @@ class Lanes:
         if lane is None:
             lane = self._by_key[key] = Lane(key)
             lane.items.append(incoming)
-            self._make_ready(lane)
+            self._next(lane)
         else:
             lane.items.append(incoming)
         self._count += 1
@@ -72,12 +72,8 @@ class Lanes:
     def wait(self, lane: Lane, seconds: float) -> None:
         """Handle the head again after ``seconds``; its successors wait, other keys go on."""
         lane.running = False
-
-        def due() -> None:
-            lane.timer = None
-            self._make_ready(lane)
-
-        lane.timer = asyncio.get_running_loop().call_later(seconds, due)
+        lane.items[0].not_before = asyncio.get_running_loop().time() + seconds
+        self._next(lane)
 
     def drop(self, unwanted: Callable[[Incoming], bool]) -> list[Incoming]:
         """Remove what has not begun; returns what is being handled and was not wanted."""
@@ -109,10 +105,19 @@ class Lanes:
         await self._changed.wait()
 
     def _next(self, lane: Lane) -> None:
-        if lane.items:
+        """What a lane that nobody works on does: wait until its head is due, be ready, or end."""
+        if not lane.items:
+            del self._by_key[lane.key]
+            return
+        seconds = lane.items[0].not_before - asyncio.get_running_loop().time() if lane.items[0].not_before else 0.0
+        if seconds <= 0:
             self._make_ready(lane)
         else:
-            del self._by_key[lane.key]
+            lane.timer = asyncio.get_running_loop().call_later(seconds, self._due, lane)
+
+    def _due(self, lane: Lane) -> None:
+        lane.timer = None
+        self._make_ready(lane)
 
     def _make_ready(self, lane: Lane) -> None:
         self._ready.append(lane)

@@ -58,6 +58,10 @@ class Database:
         self._probe: asyncio.Task[None] | None = None
         self._troubles = 0
 
+    @property
+    def is_up(self) -> bool:
+        return self._up.is_set()
+
     async def up(self) -> None:
         """Wait until it can be asked."""
         await self._up.wait()

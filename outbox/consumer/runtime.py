@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from outbox.backoff import Backoff
@@ -58,6 +58,8 @@ class Runtime:
         self.lanes = Lanes()
         self._subscription: Subscription | None = None
         self._loading: list[Incoming] = []
+        self._replays: set[Incoming] = set()
+        """Taken from the database and not finished."""
         self._acks: list[Delivery] = []
         self._ack_now = asyncio.Event()
         self._acking = asyncio.Lock()
@@ -68,18 +70,19 @@ class Runtime:
         workers = [asyncio.create_task(self._work(), name=f"outbox-{self.name}") for _ in range(self.concurrency)]
         sources = [asyncio.create_task(self._receive()), asyncio.create_task(self._replay())]
         acker = asyncio.create_task(self._acknowledge())
-        stopping = asyncio.create_task(stop.wait())
+        stopping = asyncio.create_task(_wait_for(stop))
         tasks = [*workers, *sources, acker]
         try:
             done, _ = await asyncio.wait([stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
             for task in done - {stopping}:
                 await task  # raises what ended it
             await _cancel(sources)
-            await self._finish(lambda incoming: True, deadline)
+            await self._finish(lambda _: True, deadline)
         finally:
             await _cancel([stopping, *tasks])
             self.state.subscribed.clear()
             await self._leave()
+            await self._release_replays()
             await self.database.close()
 
     async def _leave(self) -> None:
@@ -91,8 +94,18 @@ class Runtime:
             if self._acks:
                 await subscription.ack(self._acks)
         except TransportError as error:
-            log.warning("the last %d messages could not be acknowledged and will come again: %s", len(self._acks), error)
+            log.warning(
+                "the last %d messages could not be acknowledged and will come again: %s", len(self._acks), error
+            )
         await subscription.close()
+
+    async def _release_replays(self) -> None:
+        """Let another process have what was taken and not finished; without this it would wait for the lease."""
+        ids = [incoming.message.id for incoming in self._replays]
+        if ids:
+            with contextlib.suppress(DatabaseTrouble, TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self.transactions.run(lambda connection: self.attempts.release_replays(connection, ids))
 
     # ------------------------------------------------------------ from the broker
 
@@ -125,25 +138,24 @@ class Runtime:
             return
         self.state.counts.received += len(deliveries)
         self._loading = [from_delivery(d, identify=self.identify, keep_order=self.keep_order) for d in deliveries]
-        waiting = await self._failed_before([i for i in self._loading if i.delivery is not None and i.delivery.suspect])
+        await self._recall([i for i in self._loading if i.delivery is not None and i.delivery.suspect])
         loaded, self._loading = self._loading, []
         for incoming in loaded:
             # its partition may have gone while the database was asked
             if not incoming.given_up:
-                self.lanes.put(incoming, waiting.get(incoming, 0.0))
+                self._put(incoming)
 
-    async def _failed_before(self, suspects: list[Incoming]) -> dict[Incoming, float]:
-        """What the previous owner has seen fail: its attempts count on, and its back-off goes on (seconds by message)."""
+    async def _recall(self, suspects: list[Incoming]) -> None:
+        """What the previous owner has seen fail: its back-off goes on, so that a restart is no attempt for free."""
         if not suspects:
-            return {}
+            return
         ids = {incoming.message.id for incoming in suspects}
         known = await self.database.patiently(lambda connection: self.attempts.known(connection, ids))
-        found = {}
+        now = asyncio.get_running_loop().time()
         for incoming in suspects:
             if (waiting := known.get(incoming.message.id)) is not None:
                 incoming.failures = waiting.attempts
-                found[incoming] = waiting.seconds
-        return found
+                incoming.not_before = now + waiting.seconds
 
     async def _revoked(self, places: frozenset[tuple[str, int]]) -> None:
         """These partitions go to another member: drop what has not begun, finish what has, acknowledge that. Handlers that
@@ -152,23 +164,149 @@ class Runtime:
             if incoming.place in places:
                 incoming.given_up = True
         await self._finish(lambda incoming: incoming.place in places, LET_GO)
-        await self._flush()
+        try:
+            await self._flush()
+        except TransportError as error:
+            log.warning("messages of revoked partitions could not be acknowledged and will come again: %s", error)
 
     # ------------------------------------------------------------ from the database
 
     async def _replay(self) -> None:
         """Take dead letters that were handed back; they need no broker."""
-        held = asyncio.get_running_loop().time()
+        clock = asyncio.get_running_loop().time
+        held = clock()
         while True:
             await self.database.up()
             try:
-                if self._replays and asyncio.get_running_loop().time() - held > REPLAY_LEASE / 3:
-                    held = asyncio.get_running_loop().time()
-                    ids = [incoming.message.id for incoming in self._replays]
-                    await self.transactions.run(lambda c: self.attempts.keep_replays(c, ids, REPLAY_LEASE))
-                room = self.concurrency - len(self._replays)
-                if room > 0:
-                    await self._take_replays(room)
+                if clock() - held > REPLAY_LEASE / 3:
+                    held = clock()
+                    await self._keep_replays()
+                await self._take_replays()
             except DatabaseTrouble as trouble:
                 self.database.failed(trouble)
             await asyncio.sleep(REPLAY_POLL)
+
+    async def _keep_replays(self) -> None:
+        ids = [incoming.message.id for incoming in self._replays]
+        if ids:
+            await self.transactions.run(lambda c: self.attempts.keep_replays(c, ids, REPLAY_LEASE))
+
+    async def _take_replays(self) -> None:
+        room = self.concurrency - len(self._replays)
+        if room <= 0:
+            return
+        rows = await self.transactions.run(
+            lambda c: self.attempts.take_replays(c, room, REPLAY_LEASE, keep_order=self.keep_order)
+        )
+        for row in rows:
+            incoming = from_attempt(row, keep_order=self.keep_order)
+            self.state.counts.replays += 1
+            self._replays.add(incoming)
+            self._put(incoming)
+
+    # ------------------------------------------------------------ handling
+
+    def _put(self, incoming: Incoming) -> None:
+        self.lanes.put(incoming)
+        self.state.in_memory = self.lanes.count
+
+    async def _work(self) -> None:
+        """One of ``concurrency`` workers: a message that waits for its next attempt occupies none."""
+        while True:
+            await self.database.up()
+            lane = await self.lanes.take()
+            if not self.database.is_up:
+                self.lanes.again(lane)
+                continue
+            task = lane.items[0].task = asyncio.create_task(self._one(lane, lane.items[0]))
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                task.cancel()
+                raise
+
+    async def _one(self, lane: Lane, incoming: Incoming) -> None:
+        try:
+            outcome = await self.processing.process(incoming)
+        except asyncio.CancelledError:
+            self._let_go(lane, incoming)
+            raise
+        except Exception:
+            # Not the handler's: nothing is lost, its key waits, the others go on.
+            log.exception("message %s of %s could not be processed", incoming.message.id, incoming.message.topic)
+            incoming.defects += 1
+            outcome = Wait(DEFECT.delay(incoming.defects))
+        if outcome is Next.DONE:
+            if incoming.delivery is not None:
+                self._acks.append(incoming.delivery)
+                self._ack_now.set()
+            self._let_go(lane, incoming)
+        elif incoming.given_up or (isinstance(outcome, Wait) and incoming.replay):
+            self._let_go(lane, incoming)  # a replay comes back from the table when it is due
+        elif isinstance(outcome, Wait):
+            self.lanes.wait(lane, outcome.seconds)
+        else:
+            self.lanes.again(lane)
+
+    def _let_go(self, lane: Lane, incoming: Incoming) -> None:
+        self._replays.discard(incoming)
+        self.lanes.done(lane)
+        self.state.in_memory = self.lanes.count
+
+    async def _finish(self, unwanted: Callable[[Incoming], bool], seconds: float) -> None:
+        """Drop what has not begun, wait for what has. After ``seconds`` async handlers are cancelled, which rolls them back;
+        a thread cannot be."""
+        running = self.lanes.drop(unwanted)
+        self.state.in_memory = self.lanes.count
+        tasks = []
+        for incoming in running:
+            incoming.given_up = True
+            if incoming.task is not None:
+                tasks.append(incoming.task)
+        if not tasks:
+            return
+        _, late = await asyncio.wait(tasks, timeout=seconds)
+        if late:
+            log.error("%d handlers were still at work after %.0f s: their messages will come again", len(late), seconds)
+            for task in late:
+                task.cancel()
+            await asyncio.wait(late, timeout=1.0)
+
+    # ------------------------------------------------------------ acknowledging
+
+    async def _acknowledge(self) -> None:
+        tries = 0
+        while True:
+            await self._ack_now.wait()
+            self._ack_now.clear()
+            try:
+                await self._flush()
+                tries = 0
+            except TransportError as error:
+                tries += 1
+                log.warning("messages could not be acknowledged, trying again: %s", error)
+                await asyncio.sleep(BROKER.delay(tries))
+                self._ack_now.set()
+
+    async def _flush(self) -> None:
+        async with self._acking:
+            subscription, acks = self._subscription, self._acks
+            if subscription is None or not acks:
+                return
+            self._acks = []
+            try:
+                await subscription.ack(acks)
+            except BaseException:
+                self._acks = acks + self._acks
+                raise
+
+
+async def _wait_for(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -30,9 +30,9 @@ def check_schema(connection: sa.Connection, tables: Tables) -> None:
     if len(missing) == len(tables.all) or tables.checkpoint in missing:
         raise SchemaMismatch(_not_here(inspector, tables, here))
 
-    values: dict[str, str] = {
-        name: value for name, value in connection.execute(sa.select(tables.checkpoint.c.name, tables.checkpoint.c.value))
-    }
+    values: dict[str, str] = dict(
+        connection.execute(sa.select(tables.checkpoint.c.name, tables.checkpoint.c.value)).all()
+    )
     _check_version(values.get("schema_version"), tables)
     if missing:
         raise SchemaMismatch(

@@ -8,23 +8,31 @@ broker is waited for. What is in memory dies with a database connection or a lea
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections import deque
-from collections.abc import Awaitable, Collection, Coroutine, Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from outbox._message import Outgoing
 from outbox.backoff import Backoff
-from outbox.errors import LeaseLost, StoreUnavailable
+from outbox.errors import ConfigurationError, LeaseLost, StoreUnavailable
 from outbox.relay.circuit import EVERYTHING, Circuits
 from outbox.relay.leases import Leases
-from outbox.relay.parking import ParkedKey
+from outbox.relay.parking import ParkedKey, key_of
+from outbox.relay.publishing import close, publish
 from outbox.relay.retrying import Retrying
 from outbox.store import Store
 from outbox.transport import SENT, Outcome, Transport
 
 log = logging.getLogger("outbox.relay")
+
+PROBE = 16  # rows of one read while something is broken
+CONNECT = 30.0  # seconds after which a broker that does not answer at all counts as away
+REST = Backoff(first=0.2, factor=2.0, most=5.0)  # after the fate of messages could not be stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +68,23 @@ class Flow:
         self.store, self.transport, self.leases, self.limits = store, transport, leases, limits
         self.counts = Counts()
         self.circuits = Circuits()
+        self.started = asyncio.Event()
+        """Set once there was something to read from and someone to send to."""
         self.idle = asyncio.Event()
-        """Set while the table was found empty and nothing is in flight."""
+        """Set while the table was found empty, topics that are unavailable left aside, and nothing is in flight."""
+        self.connected = False
+        self.finishing = False
+        self.generation = 0
+        """Changes when all that is in memory is forgotten."""
         self._in_flight: dict[int, int] = {}  # position to bucket, of every row from its read until it is settled
         self._bytes = 0
         self._row_bytes = 4096.0  # guess of a row's size
-        self._publishing: set[asyncio.Task[None]] = set()
+        self._publishing: dict[asyncio.Task[None], None] = {}  # in the order of their beginning
         self._acked: list[Outgoing] = []
-        self._generation = 0  # changes when all that is in memory is forgotten
         self._quiet = False  # nothing new is handed over until all that was handed over has been answered
+        self._dropped: set[ParkedKey] = set()  # keys of what was dropped, to be read again, since it is quiet
+        self._failures: Counter[str] = Counter()  # of storing the fate of messages, in a row, by what was done
+        self._resting_until = 0.0  # monotonic
         self._progress = asyncio.Event()
         self._to_settle = asyncio.Event()
         self._wake = asyncio.Event()
@@ -85,85 +101,152 @@ class Flow:
         """Forget all that is in memory: it will be read again. Answers that are under way are ignored."""
         if self._in_flight:
             log.warning("forgot %d messages in flight, to be read again: %s", len(self._in_flight), why)
-        self._generation += 1
+        self.generation += 1
         self._in_flight.clear()
         self._lanes.clear()
         self._acked.clear()
         self._bytes = 0
         self._quiet = True
+        self.idle.clear()
+        self.retrying.forget()
         self.store.rewind()
         self._progress.set()
 
+    async def abort(self, replace: Callable[[], Transport]) -> None:
+        """Our buckets can be someone else's from now on: what was handed over must not be sent any more. Goes on with
+        what ``replace`` returns."""
+        self.forget("the leases ran out")
+        self.connected = False
+        for task in list(self._publishing):
+            task.cancel()
+        old, self.transport = self.transport, replace()
+        await self.retrying.cancel()
+        await close(old, abort=True)
+
     def in_flight_of(self, buckets: Collection[int]) -> bool:
-        return bool(buckets) and any(bucket in buckets for bucket in self._in_flight.values())
+        return self.retrying.busy(buckets) or any(bucket in buckets for bucket in self._in_flight.values())
 
     def owned(self) -> list[int]:
-        """Buckets to read: ours, but for those that are about to be handed over."""
-        return [bucket for bucket in self.leases.epochs if bucket not in self.leases.surplus]
+        """Buckets to read: ours, their parked keys being known, but for those that are about to be handed over."""
+        surplus, loaded = self.leases.surplus, self.retrying.loaded
+        return [b for b, epoch in self.leases.epochs.items() if b not in surplus and loaded.get(b) == epoch]
+
+    @property
+    def ready(self) -> bool:
+        """Whether anything new may be sent now."""
+        return not self.finishing and self.connected and self.leases.valid and not self.circuits.wait(EVERYTHING) and not self._resting()
+
+    def current(self, generation: int) -> bool:
+        """Whether what was read in that generation may still be handed over."""
+        return generation == self.generation and not self._quiet
 
     # ------------------------------------------------------------ reading
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Read and hand over until ``stop``; then finish what is in flight. Never returns with a row half-done."""
+        """Read and hand over until ``stop``; then finish what is in flight. Never returns with a row half-done. Raises
+        `ConfigurationError` where the broker can never be reached; nothing else ends it."""
         settling = asyncio.create_task(self._settle_until_cancelled())
+        stopping = asyncio.create_task(stop.wait())
+        stopping.add_done_callback(lambda _: self.wake())
         pause = 0.0
         try:
             while not stop.is_set():
-                pause = await self._step(pause)
+                self._wake.clear()
+                try:
+                    pause = await self._step(pause, stopping)
+                except ConfigurationError:
+                    raise
+                except Exception:
+                    log.exception("reading failed in an unforeseen way; it is tried again")
+                    self.forget("an unforeseen error")
+                    pause = min(max(pause * 2, 0.1), 5.0)
                 if pause:
-                    await self._sleep(pause, stop)
+                    await self._sleep(pause)
+            self.finishing = True
             while self._in_flight:
-                await self._wait_for_progress()
+                await self.wait_for_progress()
+            await self.retrying.finish()
         finally:
-            settling.cancel()
-            for task in list(self._publishing):
+            for task in (settling, stopping, *self._publishing):
                 task.cancel()
-            await asyncio.gather(settling, *self._publishing, return_exceptions=True)
+            await asyncio.gather(settling, stopping, *self._publishing, return_exceptions=True)
+            await self.retrying.cancel()
 
-    async def _step(self, pause: float) -> float:
+    async def _step(self, pause: float, stopping: asyncio.Task[Any]) -> float:
         """One read, or the reason why not; returns how long to pause after it."""
         if self._quiet:
             if self._publishing:
-                await self._wait_for_progress()
+                await self.wait_for_progress()
                 return 0.0
             self._quiet = False
-        if not self.leases.valid or not self.leases.epochs:
-            return 0.05
-        wait = self.circuits.wait(EVERYTHING)
+            self._dropped.clear()
+        wait = max(self.circuits.wait(EVERYTHING), self._resting())
         if wait:
             return wait
+        if not self.connected:
+            return await self._connect(stopping)
+        if not self.leases.valid or not self.leases.epochs:
+            return 0.05
         room = min(
             self.limits.window - len(self._in_flight),
             int((self.limits.window_bytes - self._bytes) / self._row_bytes) or (0 if self._in_flight else 1),
         )
         if room <= 0:
-            await self._wait_for_progress()
+            await self.wait_for_progress()
             return 0.0
-        # while something is broken, few messages probe it
-        limit = min(room, 16 if self.circuits else self.limits.batch)
-        generation = self._generation
-        buckets = self.owned()
+        left_out = self.circuits.topics_left_out()
+        # while something is broken and may be tried again, few messages probe it
+        limit = min(room, PROBE if len(left_out) < len(self.circuits) else self.limits.batch)
+        generation = self.generation
         try:
-            rows = await self.store.read(
-                None if len(buckets) == 64 else buckets, self._in_flight, self.circuits.topics_left_out(), limit
-            )
+            await self.retrying.load(self.leases.epochs)
+            buckets = self.owned()
+            if not buckets:
+                return 0.05
+            rows = await self.store.read(None if len(buckets) == 64 else buckets, self._in_flight, left_out, limit)
         except StoreUnavailable as error:
             log.error("cannot read the outbox: %s", error)
             self.forget("the database cannot be read")
             return max(0.1, min(2.0, pause * 2))
-        if generation != self._generation:
+        self.started.set()
+        if not self.current(generation) or buckets != self.owned():
+            # while this was read, a row before it was dropped to be read again, or a bucket went to another relay
             self.store.rewind()
             return 0.0
         if not rows:
-            if not self._in_flight and not self.circuits:
+            if not self._in_flight and EVERYTHING not in self.circuits:
                 self.idle.set()
             return min(max(pause * 2, 0.005), self.limits.poll)
         self.idle.clear()
         self._take(rows)
-        if self.retrying.keys:
-            rows = await self.retrying.hold_back(rows, generation)
-        if rows and generation == self._generation:
+        rows = await self.retrying.hold_back(rows, generation)
+        if self.current(generation):
             self._hand_over(rows)
+        elif generation == self.generation:
+            self.drop(rows)
+            self.store.rewind()
+        return 0.0
+
+    async def _connect(self, stopping: asyncio.Task[Any]) -> float:
+        """Reach the broker; returns how long to pause after it. Raises `ConfigurationError`."""
+        connecting = asyncio.create_task(self.transport.connect())
+        try:
+            await asyncio.wait([connecting, stopping], timeout=CONNECT, return_when=asyncio.FIRST_COMPLETED)
+            if not connecting.done():
+                raise TimeoutError(f"no answer within {CONNECT:.0f} s")
+            connecting.result()
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            if not stopping.done() and self.circuits.failed(EVERYTHING, str(error) or type(error).__name__):
+                log.error("the broker is unavailable, trying again: %s", error)
+            return max(0.05, self.circuits.wait(EVERYTHING))
+        finally:
+            connecting.cancel()
+            await asyncio.wait([connecting], timeout=1.0)
+        self.connected = True
+        if self.circuits.succeeded(EVERYTHING):
+            log.info("the broker is available again")
         return 0.0
 
     def _take(self, rows: Sequence[Outgoing]) -> None:
@@ -181,17 +264,31 @@ class Flow:
                 self._bytes -= len(row.payload) if row.payload else 0
         self._progress.set()
 
-    async def _wait_for_progress(self) -> None:
+    def progress(self) -> None:
+        self._progress.set()
+
+    async def wait_for_progress(self) -> None:
         self._progress.clear()
         await self._progress.wait()
 
-    async def _sleep(self, seconds: float, stop: asyncio.Event) -> None:
-        """Pause; `wake` and ``stop`` end it."""
-        self._wake.clear()
-        waiting = [asyncio.ensure_future(self._wake.wait()), asyncio.ensure_future(stop.wait())]
-        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        for task in waiting:
-            task.cancel()
+    async def _sleep(self, seconds: float) -> None:
+        """Pause; `wake` ends it, also one that came after the last read had begun."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+
+    def rest(self, after: str) -> None:
+        """The fate of messages could not be stored: pause, longer each time, instead of sending them again and again."""
+        self._failures[after] += 1
+        self._resting_until = time.monotonic() + REST.delay(self._failures[after])
+
+    def works(self, what: str) -> None:
+        """The opposite of `rest`."""
+        if self._failures:
+            self._failures.pop(what, None)
+
+    def _resting(self) -> float:
+        return max(0.0, self._resting_until - time.monotonic())
 
     # ------------------------------------------------------------ publishing
 
@@ -200,59 +297,42 @@ class Flow:
         if not self.transport.capabilities.ordered_pipeline:
             rows = [row for row in rows if self._first_of_its_key(row)]
         if rows:
-            self.spawn(self._publish(rows))
+            self._spawn(self._publish(rows))
 
     def _first_of_its_key(self, row: Outgoing) -> bool:
-        if row.key is None:
+        key = key_of(row)
+        if key is None:
             return True
-        lane = self._lanes.get((row.topic, row.key))
+        lane = self._lanes.get(key)
         if lane is None:
-            self._lanes[(row.topic, row.key)] = deque()
+            self._lanes[key] = deque()
             return True
         lane.append(row)
         return False
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
-        self._publishing.add(task)
+        self._publishing[task] = None
         task.add_done_callback(self._published)
 
     def _published(self, task: asyncio.Task[None]) -> None:
-        self._publishing.discard(task)
+        self._publishing.pop(task, None)
         self._progress.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("publishing failed in an unforeseen way; what was in flight is read again", exc_info=error)
             self.forget("an unforeseen error")
-            self.circuits.failed(EVERYTHING, f"{type(error).__name__}: {error}")
+            self.rest("publish")
 
     async def publish(self, rows: Sequence[Outgoing]) -> list[Outcome]:
         """One call of the transport, if the leases are still ours; its circuits follow the outcomes."""
         if not self.leases.valid:
             return [Outcome.unavailable("the leases ran out before they could be renewed")] * len(rows)
-        outcomes = await self.transport.publish(rows)
-        if outcomes.count(SENT) == len(outcomes):
-            if self.circuits:
-                self._works({row.topic for row in rows})
-            return outcomes
-        self._works({row.topic for row, o in zip(rows, outcomes, strict=True) if o.kind == "sent"})
-        for row, outcome in zip(rows, outcomes, strict=True):
-            if outcome.kind == "unavailable":
-                scope = EVERYTHING if outcome.scope == "transport" else row.topic
-                if self.circuits.failed(scope, outcome.reason):
-                    what = "the broker" if scope == EVERYTHING else f"topic {scope!r}"
-                    log.error("%s is unavailable, no attempt is spent: %s", what, outcome.reason)
-        return outcomes
-
-    def _works(self, topics: set[str]) -> None:
-        for scope in (EVERYTHING, *topics) if topics else ():
-            if self.circuits.succeeded(scope):
-                what = "the broker" if scope == EVERYTHING else f"topic {scope!r}"
-                log.info("%s is available again", what)
+        return await publish(self.transport, rows, self.circuits)
 
     async def _publish(self, rows: list[Outgoing]) -> None:
-        generation = self._generation
+        generation = self.generation
         outcomes = await self.publish(rows)
-        if generation != self._generation:
+        if generation != self.generation:
             return
         if outcomes.count(SENT) == len(outcomes):
             self._sent(rows)
@@ -260,21 +340,40 @@ class Flow:
         by_kind: dict[str, list[Outgoing]] = {"sent": [], "retry": [], "reject": [], "unavailable": []}
         for row, outcome in zip(rows, outcomes, strict=True):
             by_kind[outcome.kind].append(row)
-        if by_kind["sent"]:
-            self._sent(by_kind["sent"])
-        if by_kind["unavailable"]:
-            # read again later; and nothing overtakes: all that was handed over is answered before the next read
-            self.drop([*by_kind["unavailable"], *self._lanes_of(by_kind["unavailable"])])
-            self._quiet = True
-            self.store.rewind()
+        self._sent(by_kind["sent"])
+        self._read_again(by_kind["unavailable"])
         failed = [(row, o) for row, o in zip(rows, outcomes, strict=True) if o.kind in ("retry", "reject")]
         if failed:
-            waiting = self._lanes_of([row for row, o in failed if o.kind == "retry"])
-            await self.guarded(
-                self.retrying.failed(failed, waiting), [*(row for row, _ in failed), *waiting], generation
-            )
-            if generation == self._generation:
-                self._next_in_lanes([row for row, o in failed if o.kind == "reject"])
+            self.retrying.fails(by_kind["retry"], list(self._publishing))
+            await self._failed(failed, generation)
+        if generation == self.generation:
+            self._next_in_lanes(by_kind["reject"])
+
+    def _read_again(self, rows: Sequence[Outgoing]) -> None:
+        """Not to be sent now. Nothing overtakes them: all that was handed over is answered before the next read."""
+        if rows:
+            rows = [*rows, *self._lanes_of(rows)]
+            self._dropped.update(key for row in rows if (key := key_of(row)) is not None)
+            self._quiet = True
+            self.drop(rows)
+            self.store.rewind()
+
+    async def _failed(self, failed: list[tuple[Outgoing, Outcome]], generation: int) -> None:
+        if self.transport.capabilities.ordered_pipeline:
+            # what was handed over before may hold a predecessor, which must be parked before its successor is
+            me = asyncio.current_task()
+            while (before := list(takewhile(lambda task: task is not me, self._publishing))) and me is not None:
+                await asyncio.wait(before)
+            if generation != self.generation:
+                return
+        # a predecessor that is read again comes first, so these are too
+        again = {row.position for row, o in failed if o.kind == "retry" and key_of(row) in self._dropped}
+        self._read_again([row for row, _ in failed if row.position in again])
+        failed = [(row, o) for row, o in failed if row.position not in again]
+        waiting = self._lanes_of([row for row, o in failed if o.kind == "retry"])
+        rows = [*(row for row, _ in failed), *waiting]
+        if rows:
+            await self.guarded(self.retrying.failed(failed, waiting), rows, generation)
 
     async def guarded(self, work: Awaitable[None], rows: Sequence[Outgoing], generation: int) -> None:
         """A transaction about these rows. If it fails they are forgotten and read again, by whoever owns them then."""
@@ -286,35 +385,38 @@ class Flow:
         except StoreUnavailable as error:
             log.error("cannot store the fate of %d messages, they are read again: %s", len(rows), error)
             self.forget("the database cannot be written")
+            self.rest("park")
         else:
-            if generation == self._generation:
+            self.works("park")
+            if generation == self.generation:
                 self.drop(rows)
 
     def _sent(self, rows: Sequence[Outgoing]) -> None:
-        self.counts.sent += len(rows)
-        self._acked += rows
-        self._to_settle.set()
-        self._next_in_lanes(rows)
+        if rows:
+            self.counts.sent += len(rows)
+            self._acked += rows
+            self._to_settle.set()
+            self._next_in_lanes(rows)
 
     def _next_in_lanes(self, rows: Sequence[Outgoing]) -> None:
         if not self._lanes:
             return
         following = []
         for row in rows:
-            if row.key is not None and (lane := self._lanes.get((row.topic, row.key))) is not None:
+            if (key := key_of(row)) is not None and (lane := self._lanes.get(key)) is not None:
                 if lane:
                     following.append(lane.popleft())
                 else:
-                    del self._lanes[(row.topic, row.key)]
+                    del self._lanes[key]
         if following:
-            self.spawn(self._publish(following))
+            self._spawn(self._publish(following))
 
     def _lanes_of(self, rows: Sequence[Outgoing]) -> list[Outgoing]:
         """What waits in memory behind these, taken out of there."""
         waiting: list[Outgoing] = []
         for row in rows:
-            if row.key is not None:
-                waiting += self._lanes.pop((row.topic, row.key), ())
+            if (key := key_of(row)) is not None:
+                waiting += self._lanes.pop(key, ())
         return waiting
 
     # ------------------------------------------------------------ settling
@@ -325,13 +427,16 @@ class Flow:
             self._to_settle.clear()
             while self._acked:
                 rows, self._acked = self._acked, []
-                generation = self._generation
+                generation = self.generation
                 try:
                     await self.store.settle([row.position for row in rows])
-                except StoreUnavailable as error:
+                except Exception as error:
                     # never repeated: after a fail-over a position can be another message
-                    log.error("cannot settle %d messages, they will be sent again: %s", len(rows), error)
+                    unforeseen = None if isinstance(error, StoreUnavailable) else error
+                    log.error("cannot settle %d messages, they will be sent again: %s", len(rows), error, exc_info=unforeseen)
                     self.forget("the database cannot be written")
+                    self.rest("settle")
                     continue
-                if generation == self._generation:
+                self.works("settle")
+                if generation == self.generation:
                     self.drop(rows)

@@ -48,6 +48,8 @@ class Leases:
     """Bucket to epoch, of those owned. A change of epoch means that someone else had it in between."""
     surplus: frozenset[int] = frozenset()
     """Owned, to be handed over to relays that have fewer, once nothing of them is in flight."""
+    fair: int = BUCKETS
+    """What each relay that is alive has at least, once they share evenly."""
     _deadline: float = 0.0
 
     @property
@@ -55,15 +57,21 @@ class Leases:
         """Whether no other relay can own our buckets yet."""
         return boottime() < self._deadline
 
+    @property
+    def left(self) -> float:
+        """Seconds for which `valid` will hold."""
+        return max(0.0, self._deadline - boottime())
+
     async def renew(self, state: dict[str, Any] | None = None, *, take: bool = True) -> None:
         """Heartbeat: renew what is ours, take what is free up to our share, find what is too much. Raises
         `StoreUnavailable`; the deadline then stays as it was."""
         sent = boottime()
         tables, owner, ttl = self.store.tables, self.owner, self.ttl
         text = json.dumps(state) if state else None
-        epochs, share = await self.store.run(lambda c: _renew(c, tables, owner, ttl, text, take))
+        epochs, alive = await self.store.run(lambda c: _renew(c, tables, owner, ttl, text, take))
+        share = -(-BUCKETS // alive)
         self._deadline = sent + ttl * (1 - MARGIN)
-        self.epochs = epochs
+        self.epochs, self.fair = epochs, BUCKETS // alive
         self.surplus = frozenset(sorted(epochs)[share:]) if len(epochs) > share else frozenset()
 
     async def release(self, buckets: Collection[int] | None = None, *, leave: bool = False) -> None:
@@ -110,10 +118,13 @@ def _renew(
         connection.execute(
             sa.insert(relay).values(owner=owner, host=socket.gethostname()[:255], version=__version__, state=state)
         )
+    # locked by bucket, as `fence` does: an UPDATE alone takes the rows as they lie, and two such orders can deadlock
+    connection.execute(sa.select(lease.c.bucket).where(lease.c.owner == owner).order_by(lease.c.bucket).with_for_update())
     connection.execute(sa.update(lease).where(lease.c.owner == owner).values(expires_at=clock(ttl)))
     connection.execute(sa.delete(relay).where(relay.c.heartbeat_at < clock(-10 * ttl), relay.c.owner != owner))
-    alive = connection.scalar(sa.select(sa.func.count()).select_from(relay).where(relay.c.heartbeat_at >= clock(-ttl)))
-    share = -(-BUCKETS // max(1, alive or 1))
+    beating = sa.select(sa.func.count()).select_from(relay).where(relay.c.heartbeat_at >= clock(-ttl))
+    alive = max(1, connection.scalar(beating) or 1)
+    share = -(-BUCKETS // alive)
     mine = _owned(connection, tables, owner)
     if take and len(mine) < share:
         free = sa.or_(lease.c.owner.is_(None), lease.c.expires_at < clock())
@@ -132,10 +143,11 @@ def _renew(
                 .values(owner=owner, epoch=lease.c.epoch + 1, expires_at=clock(ttl))
             )
             mine = _owned(connection, tables, owner)
-    return mine, share
+    return mine, alive
 
 
 def _owned(connection: sa.Connection, tables: Tables, owner: str) -> dict[int, int]:
     lease = tables.lease
-    rows = connection.execute(sa.select(lease.c.bucket, lease.c.epoch).where(lease.c.owner == owner))
+    query = sa.select(lease.c.bucket, lease.c.epoch).where(lease.c.owner == owner).order_by(lease.c.bucket)
+    rows = connection.execute(query)
     return {bucket: epoch for bucket, epoch in rows}

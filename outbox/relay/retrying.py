@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from outbox._message import Outgoing
 from outbox.dead_letters.record import Failure
-from outbox.errors import LeaseLost
+from outbox.errors import LeaseLost, StoreUnavailable
 from outbox.relay import parking
 from outbox.relay.circuit import EVERYTHING
-from outbox.relay.parking import Due, ParkedKey
+from outbox.relay.parking import Due, ParkedKey, key_of
 from outbox.transport import Outcome
 
 if TYPE_CHECKING:
@@ -31,25 +32,80 @@ class Retrying:
         self.flow = flow
         self.keys: set[ParkedKey] = set()
         """Parked keys of our buckets: what is read of them goes behind, not out."""
+        self.loaded: dict[int, int] = {}
+        """Bucket to epoch, of those whose parked keys are known. Nothing else may be read or tried."""
+        # Keys of which a message failed that is not parked yet, or that may have successors in flight: the publish calls
+        # that were under way then. What is parked of a key must have no predecessor that is not parked, also after a crash.
+        self._failing: dict[ParkedKey, list[asyncio.Task[None]]] = {}
+        self._tries: dict[int, asyncio.Task[None]] = {}  # position of a head to what tries it
+        self._trying: Counter[int] = Counter()  # buckets of those
         # Parking a successor and releasing its key exclude each other: else the key could be released in between, and the
         # successor would wait behind nothing.
         self._lock = asyncio.Lock()
 
-    async def load(self, buckets: Sequence[int]) -> None:
-        """After these buckets became ours, before anything of them is read."""
-        tables = self.flow.store.tables
-        self.keys |= await self.flow.store.run(lambda c: parking.load_keys(c, tables, buckets))
+    # ------------------------------------------------------------ which keys are parked
+
+    async def load(self, epochs: Mapping[int, int]) -> None:
+        """Learn the parked keys of buckets that are new, after their leases have committed and before anything of them is
+        read: a successor of a parked message must not overtake it. Raises `StoreUnavailable`."""
+        if all(self.loaded.get(bucket) == epoch for bucket, epoch in epochs.items()):
+            return
+        async with self._lock:
+            epochs = dict(epochs)
+            new = {bucket for bucket, epoch in epochs.items() if self.loaded.get(bucket) != epoch}
+            if new:
+                tables = self.flow.store.tables
+                found = await self.flow.store.run(lambda c: parking.load_keys(c, tables, sorted(new)))
+                self.keys = {key for key in self.keys if key[0] in epochs and key[0] not in new} | found
+                self.loaded = epochs
+
+    def unload(self) -> None:
+        """What is known of parked keys may be wrong, since a commit's outcome is unknown: ask again before reading on."""
+        self.loaded = {}
+
+    def forget(self) -> None:
+        """The flow has forgotten all that was in flight."""
+        self.unload()
+        self._failing.clear()
+
+    def busy(self, buckets: Collection[int]) -> bool:
+        """Whether a parked message of these is being tried."""
+        return any(self._trying[bucket] for bucket in buckets)
+
+    # ------------------------------------------------------------ what the flow finds
+
+    def fails(self, rows: Iterable[Outgoing], under_way: list[asyncio.Task[None]]) -> None:
+        """The broker did not take these. What is read of their keys waits until these publish calls are dealt with."""
+        for key in {key for row in rows if (key := key_of(row)) is not None}:
+            self._failing[key] = under_way
+
+    def _fails(self, row: Outgoing) -> bool:
+        key = key_of(row)
+        calls = self._failing.get(key) if key is not None else None
+        if key is None or calls is None:
+            return False
+        if all(call.done() for call in calls):
+            del self._failing[key]
+            return False
+        return True
 
     async def hold_back(self, rows: list[Outgoing], generation: int) -> list[Outgoing]:
-        """Of rows just read, park those whose key is parked; returns the others, in order."""
-        if not any((row.topic, row.key) in self.keys for row in rows):
-            return rows
-        async with self._lock:
-            behind = [row for row in rows if (row.topic, row.key) in self.keys]
-            if behind:
-                await self.flow.guarded(self._park(None, behind), behind, generation)
+        """Of rows just read, park those whose key is parked; returns the others, in order, and between that and their
+        publishing nothing may be awaited."""
+        flow = self.flow
+        while flow.current(generation):
+            if self._failing and any(self._fails(row) for row in rows):
+                await flow.wait_for_progress()
+                continue
+            if not self.keys or not any(key_of(row) in self.keys for row in rows):
+                break
+            async with self._lock:
+                behind = [row for row in rows if key_of(row) in self.keys]
+                if behind and flow.current(generation):
+                    await flow.guarded(self._park(None, behind), behind, generation)
             held = {row.position for row in behind}
-        return [row for row in rows if row.position not in held]
+            rows = [row for row in rows if row.position not in held]
+        return rows
 
     async def failed(self, failed: Sequence[tuple[Outgoing, Outcome]], waiting: Sequence[Outgoing]) -> None:
         """Messages came back with ``retry`` or ``reject``, ``waiting`` are successors that were held in memory. One
@@ -61,28 +117,32 @@ class Retrying:
             retries = [(row, outcome) for row, outcome in failed if outcome.kind == "retry"]
             successors: dict[ParkedKey | None, list[Outgoing]] = {}
             for row in waiting:
-                successors.setdefault((row.topic, row.key or ""), []).append(row)
+                successors.setdefault(key_of(row), []).append(row)
             done: set[ParkedKey] = set()
             for row, outcome in sorted(retries, key=lambda pair: pair[0].position):
-                key = None if row.key is None else (row.topic, row.key)
+                key = key_of(row)
                 if key is not None and key in done:
                     continue
                 behind: list[Outgoing] = []
                 if key is not None:
                     done.add(key)
-                    behind = [r for r, _ in retries if (r.topic, r.key) == key and r is not row]
+                    behind = [r for r, _ in retries if key_of(r) == key and r is not row]
                     behind = sorted([*behind, *successors.get(key, ())], key=lambda r: r.position)
                 if key is not None and key in self.keys:  # its predecessor was parked while this was in flight
                     await self._park(None, [row, *behind])
+                elif self.flow.limits.attempts <= 1:
+                    await self._dead(row, Failure.of_outcome("retries-exhausted", outcome))
+                    if behind:
+                        await self._park(None, behind)  # the first of them is due at once
                 else:
                     await self._park(row, behind, outcome.reason)
 
     async def _park(self, head: Outgoing | None, behind: Sequence[Outgoing], error: str = "") -> None:
         flow = self.flow
         tables, fence, delay = flow.store.tables, flow.leases.fence, flow.limits.backoff.delay(1)
-        if head is not None and head.key is not None:
-            self.keys.add((head.topic, head.key))
         await flow.store.run(lambda c: parking.park(c, tables, fence, head, behind, error, delay))
+        # only now: a key that is not parked after all would let its messages wait behind nothing
+        self.keys.update(key for row in [head, *behind] if row is not None and (key := key_of(row)) is not None)
         flow.counts.parked += len(behind) + (head is not None)
         if head is not None:
             log.warning(
@@ -96,55 +156,92 @@ class Retrying:
         tables, fence = flow.store.tables, flow.leases.fence
         parked = await flow.store.run(lambda c: parking.dead(c, tables, fence, row, failure))
         flow.counts.dead += 1
-        if not parked and row.key is not None:
-            self.keys.discard((row.topic, row.key))
+        if not parked and (key := key_of(row)) is not None:
+            self.keys.discard(key)
         log.error("message %s for %s is a dead letter (%s)", row.id, row.topic, failure.reason)
         return parked
 
     # ------------------------------------------------------------ what is due
 
-    async def try_due(self, buckets: Collection[int]) -> None:
-        """Try every head whose time has come. Raises `StoreUnavailable`."""
+    def wanted(self) -> tuple[list[int], list[str], int]:
+        """What `parking.due` should look for: buckets, topics to leave out, how many heads. No buckets: nothing now."""
         flow = self.flow
-        if EVERYTHING in flow.circuits or not buckets:
-            return
-        tables, owned = flow.store.tables, list(buckets)
-        heads = await flow.store.run(lambda c: parking.due(c, tables, owned, HEADS_AT_ONCE))
-        heads = [head for head in heads if head.row.topic not in flow.circuits]
-        await asyncio.gather(*(self._try(head) for head in heads))
+        room = HEADS_AT_ONCE - len(self._tries)
+        if not flow.ready or room <= 0:
+            return [], [], 0
+        if EVERYTHING in flow.circuits:
+            room = 1  # a probe: where all that is left is parked, no one else tries whether the broker is back
+        return flow.owned(), flow.circuits.topics_left_out(), room + len(self._tries)
+
+    def try_due(self, heads: Sequence[Due]) -> None:
+        """Begin to try each of these that is not being tried already."""
+        for head in heads:
+            if head.row.position not in self._tries and len(self._tries) < HEADS_AT_ONCE:
+                self._trying[head.row.bucket] += 1
+                task = self._tries[head.row.position] = asyncio.create_task(self._try(head))
+                task.add_done_callback(lambda _, row=head.row: self._tried(row))  # type: ignore[misc]
+
+    def _tried(self, row: Outgoing) -> None:
+        self._tries.pop(row.position, None)
+        self._trying[row.bucket] -= 1
+        self.flow.progress()
+
+    async def finish(self) -> None:
+        """Wait for what is being tried."""
+        while self._tries:
+            await asyncio.wait(list(self._tries.values()))
+
+    async def cancel(self) -> None:
+        for task in list(self._tries.values()):
+            task.cancel()
+        await self.finish()
 
     async def _try(self, head: Due) -> None:
+        flow = self.flow
         try:
             await self._try_key(head)
         except LeaseLost as error:
             log.warning("%s: its parked messages are left to the new owner", error)
+            self.unload()
+        except StoreUnavailable as error:
+            log.error("cannot store the fate of a parked message, it is tried again: %s", error)
+            flow.rest("try")
+            self.unload()
+        except Exception:
+            log.exception("trying a parked message failed in an unforeseen way; it is tried again")
+            flow.rest("try")
+            self.unload()
 
     async def _try_key(self, head: Due) -> None:
         """The head, and where it succeeds what waits behind it, as long as that succeeds too."""
-        row, attempts = head.row, head.attempts
-        rows = [row]
+        rows, attempts = [head.row], head.attempts
         while rows:
+            generation = self.flow.generation
             outcomes = await self.flow.publish(rows)
-            good = 0
-            while good < len(rows) and outcomes[good].kind == "sent":
-                good += 1
-            parked = True
+            good, parked, stopped = [], True, False
+            for row, outcome in zip(rows, outcomes, strict=True):
+                if outcome.kind == "sent":
+                    good.append(row)
+                    continue
+                if good:
+                    parked, good = await self._release(good), []
+                parked = await self._failed(row, attempts if row is head.row else 0, outcome)
+                if outcome.kind in ("unavailable", "retry"):
+                    stopped = True
+                    break
             if good:
-                self.flow.counts.sent += good
-                parked = await self._release(rows[:good])
-            if good < len(rows):
-                parked = await self._failed(rows[good], attempts if rows[good] is row else 0, outcomes[good])
-                if outcomes[good].kind in ("unavailable", "retry"):
-                    return
-            if not parked or row.key is None:
+                parked = await self._release(good)
+            if stopped or not parked or head.row.key is None or generation != self.flow.generation:
                 return
-            rows = await self._following(row)
+            rows = await self._following(head.row)
 
     async def _following(self, row: Outgoing) -> list[Outgoing]:
         """The next messages of a key whose former head is gone: the new head and what may be sent in one go with it."""
-        assert row.key is not None
         flow = self.flow
-        tables, key = flow.store.tables, (row.topic, row.key)
+        key = key_of(row)
+        if key is None or not flow.ready or row.bucket not in flow.owned():
+            return []
+        tables = flow.store.tables
         at_once = BEHIND_AT_ONCE if flow.transport.capabilities.ordered_pipeline else 1
         return await flow.store.run(lambda c: parking.next_of_key(c, tables, key, at_once))
 
@@ -154,8 +251,10 @@ class Retrying:
         tables, fence = flow.store.tables, flow.leases.fence
         async with self._lock:
             parked = await flow.store.run(lambda c: parking.sent(c, tables, fence, rows))
-            if not parked and rows[0].key is not None:
-                self.keys.discard((rows[0].topic, rows[0].key))
+            flow.works("try")
+            flow.counts.sent += len(rows)
+            if not parked and (key := key_of(rows[0])) is not None:
+                self.keys.discard(key)
         return parked
 
     async def _failed(self, row: Outgoing, attempts: int, outcome: Outcome) -> bool:

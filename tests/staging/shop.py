@@ -47,6 +47,11 @@ class Shop:
     def __init__(self, engine: sa.Engine) -> None:
         self.engine = engine
 
+    @property
+    def releases_commit(self) -> bool:
+        """Whether a released savepoint is committed if it was the first statement: sqlite3 sends no BEGIN before it."""
+        return self.engine.dialect.name == "sqlite" and not self.engine.dispatch.begin
+
     def orders(self) -> list[str]:
         """The names of the orders that are committed."""
         with self.engine.connect() as connection:

@@ -177,8 +177,7 @@ def test_a_savepoint_as_first_statement_and_then_a_rollback(shop: Shop) -> None:
         with session.begin_nested():
             place(session, "a")
         session.rollback()
-    committed = shop.engine.dialect.name == "sqlite" and not shop.engine.dispatch.begin
-    assert shop.holds(*["a"] if committed else [])
+    assert shop.holds(*["a"] if shop.releases_commit else [])
 
 
 def test_a_savepoint_in_a_savepoint_as_first_statement_and_then_a_rollback(shop: Shop) -> None:
@@ -192,8 +191,7 @@ def test_a_savepoint_in_a_savepoint_as_first_statement_and_then_a_rollback(shop:
                 place(session, "c")
         place(session, "d")
         session.rollback()
-    committed = shop.engine.dialect.name == "sqlite" and not shop.engine.dispatch.begin
-    assert shop.holds(*["a", "c"] if committed else [])
+    assert shop.holds(*["a", "c"] if shop.releases_commit else [])
 
 
 def test_a_rolled_back_savepoint_of_the_connection_takes_its_own_message_and_no_other(shop: Shop) -> None:

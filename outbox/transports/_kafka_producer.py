@@ -1,0 +1,158 @@
+"""An idempotent producer of aiokafka that can be ended at once. It is used until something goes wrong, then thrown away.
+
+Why so much of aiokafka's inside is touched here (0.14; tests/transports/test_kafka.py fails where that changes):
+
+- After a batch was refused, the sequence numbers of its partition have a hole. The batches behind it are refused
+  (`OutOfOrderSequenceNumber`), except where the refused one was this producer's first in that partition: then the broker
+  knows no sequence yet and **stores the next batch, which overtakes** (KAFKA-14359). So a refusal ends the producer in the
+  very step in which it is read, before anything else can be sent.
+- Batches of an idempotent producer never expire, and `stop` waits for them, sends what is queued meanwhile, and does not end
+  while the broker is away. So a deadline of ours ends it.
+- What the broker says of single records (KIP-467) is dropped, and errors unknown to aiokafka become `UnknownError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Final
+
+from aiokafka import AIOKafkaProducer, errors
+from aiokafka.producer.message_accumulator import BatchBuilder
+from aiokafka.producer.sender import SendProduceReqHandler
+from aiokafka.structs import TopicPartition
+
+from outbox.errors import Unavailable
+from outbox.transports._kafka_client import cancel, ended, hang_up
+from outbox.transports._kafka_settings import Settings
+
+INVALID_RECORD: Final = 87
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What the broker said of a batch that it did not take."""
+
+    code: int
+    records: tuple[int, ...]
+    """Which of its records are at fault, where the broker says so."""
+    text: str
+
+
+class Producer:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._aio = AIOKafkaProducer(
+            **settings.connection(),
+            enable_idempotence=True,
+            acks="all",
+            linger_ms=0,
+            compression_type=settings.compression_type,
+        )
+        self._sender = self._aio._sender
+        self._sender._send_produce_req = self._request
+        self._requests: set[asyncio.Task[Any]] = set()
+        self._ending: set[asyncio.Task[Any]] = set()
+        self._unacked: set[asyncio.Future[Any]] = set()
+        self.broken: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        """Done, with the reason, once nothing is sent any more."""
+        self.denied: set[str] = set()
+        """Topics that we may not write to. Their sequence numbers have holes, so it takes a new producer to try again."""
+        self.refusals: dict[tuple[str, int], Refusal] = {}
+
+    @property
+    def client(self) -> Any:
+        return self._aio.client
+
+    async def start(self) -> None:
+        """Raises KafkaError or TimeoutError; then there is nothing to end."""
+        try:
+            # aiokafka asks for a producer id until it gets one.
+            async with asyncio.timeout(self._settings.delivery_timeout):
+                await self._aio.start()
+        except BaseException as error:
+            self.end(error)
+            await self.ended()
+            raise
+
+    def batch(self, max_bytes: int) -> Any:
+        """A builder of a record batch of that size; one record always fits, however large."""
+        return BatchBuilder(max_bytes, self._aio._message_accumulator._compression_type)
+
+    async def send(self, builder: Any, topic: str, partition: int) -> asyncio.Future[Any]:
+        """Queue a batch behind the others of its partition. Raises KafkaError."""
+        builder.close()
+        future: asyncio.Future[Any] = await self._aio.send_batch(builder, topic, partition=partition)
+        self._unacked.add(future)
+        future.add_done_callback(self._acked)
+        return future
+
+    def _acked(self, future: asyncio.Future[Any]) -> None:
+        self._unacked.discard(future)
+        if not future.cancelled():
+            future.exception()  # seen, also where nobody waits for it any more
+
+    async def idle(self) -> None:
+        """Wait until all that was sent is acknowledged, or never will be."""
+        while self._unacked and not self.broken.done():
+            await asyncio.wait({*self._unacked, self.broken}, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _request(self, node: int, batches: dict[TopicPartition, Any]) -> None:
+        """In place of `Sender._send_produce_req`."""
+        if self.broken.done():
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        self._requests.add(task)
+        try:
+            await _Handler(self._sender, batches, self.refusals).do(node)
+        finally:
+            self._requests.discard(task)
+        self._sender._in_flight.remove(node)
+        for place, batch in batches.items():
+            self._sender._muted_partitions.remove(place)
+            if batch.future.done() and not batch.future.cancelled():
+                error = batch.future.exception()
+                if isinstance(error, errors.TopicAuthorizationFailedError):
+                    self._deny(place.topic, error)
+                elif error is not None:
+                    self.end(error)
+
+    def _deny(self, topic: str, error: BaseException) -> None:
+        self.denied.add(topic)
+        waiting = self._aio._message_accumulator._batches
+        for place in [place for place in waiting if place.topic == topic]:
+            for batch in waiting.pop(place):
+                batch.failure(error)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Send nothing more, from this moment on. What is on the wire may or may not be stored."""
+        if self.broken.done():
+            return
+        self.broken.set_result(error or Unavailable("kafka: this producer was closed"))
+        self._ending |= cancel([self._sender.sender_task, *self._requests, self._aio.client._sync_task])
+        hang_up(self._aio.client)
+        self._aio._closed = True
+
+    async def ended(self) -> None:
+        await ended(self._ending)
+
+
+class _Handler(SendProduceReqHandler):  # type: ignore[misc]  # aiokafka has no types
+    def __init__(self, sender: Any, batches: Any, refusals: dict[tuple[str, int], Refusal]) -> None:
+        super().__init__(sender, batches)
+        self._refusals = refusals
+
+    def handle_response(self, response: Any) -> None:
+        if response.API_VERSION >= 8:
+            for topic, partitions in response.topics:
+                for partition, code, _, _, _, records, text in partitions:
+                    if code:
+                        at = tuple(index for index, _ in records or ())
+                        self._refusals[topic, partition] = Refusal(code, at, text or "")
+        super().handle_response(response)
+
+
+def refused_topics(producer: Producer, topics: Collection[str]) -> bool:
+    return not producer.denied.isdisjoint(topics)

