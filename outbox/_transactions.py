@@ -17,7 +17,8 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from outbox.errors import TransactionError
 
-_connections: weakref.WeakKeyDictionary[Session, list[sa.Connection]] = weakref.WeakKeyDictionary()
+# Connections are held weakly, too: those of a session that its owner forgot are collected with it, not one turn later.
+_connections: weakref.WeakKeyDictionary[Session, list[weakref.ref[sa.Connection]]] = weakref.WeakKeyDictionary()
 _written: weakref.WeakSet[sa.RootTransaction] = weakref.WeakSet()
 _prepared: weakref.WeakSet[sa.RootTransaction] = weakref.WeakSet()
 _bare_savepoints: weakref.WeakKeyDictionary[sa.RootTransaction, int] = weakref.WeakKeyDictionary()
@@ -28,9 +29,9 @@ _bare_savepoints: weakref.WeakKeyDictionary[sa.RootTransaction, int] = weakref.W
 
 def join(session: Session, connection: sa.Connection) -> None:
     """The session's transaction holds this connection from now on."""
-    connections = _connections.setdefault(session, [])
-    if not any(c is connection for c in connections):
-        connections.append(connection)
+    references = _connections.setdefault(session, [])
+    if not any(reference() is connection for reference in references):
+        references.append(weakref.ref(connection))
 
 
 def part(session: Session) -> None:
@@ -40,7 +41,8 @@ def part(session: Session) -> None:
 
 def held(session: Session) -> list[sa.Connection]:
     """The connections in a transaction that the session's transaction holds."""
-    return [c for c in _connections.get(session, ()) if not c.closed and c.get_transaction() is not None]
+    connections = [reference() for reference in _connections.get(session, ())]
+    return [c for c in connections if c is not None and not c.closed and c.get_transaction() is not None]
 
 
 def has_held(session: Session) -> bool:

@@ -43,15 +43,14 @@ def seconds(text: str) -> float:
 
 
 def show(s: Status) -> None:
-    print(s.verdict)
-    oldest = f", the oldest for {duration(s.oldest)}" if s.oldest is not None else ""
-    print(f"\npending       {s.pending:>9,}{oldest}")
-    print(
-        f"scheduled     {s.scheduled:>9,}"
-        + (f", the next in {duration(max(0.0, s.next_due))}" if s.next_due is not None else "")
-    )
+    print(f"{s.verdict}\n")
+    print(f"pending       {s.pending:>9,}")
+    due = "" if s.next_due is None else f", the next in {duration(max(0.0, s.next_due))}"
+    print(f"scheduled     {s.scheduled:>9,}{due}")
     print(f"parked        {s.parked:>9,}" + (f" of {s.parked_keys} keys" if s.parked else ""))
     print(f"dead letters  {s.dead_letters:>9,} open")
+    if s.oldest is not None:
+        print(f"oldest unsent {duration(s.oldest):>12}")
     if s.relays:
         print()
         rows = [

@@ -85,6 +85,20 @@ class DeadLetters:
         wanted = Filter(group=group, consumer=consumer, topic=topic, type=type, key=key, state=state)
         return self._run(lambda connection: letters.find(connection, self.outbox.tables, wanted, limit))
 
+    def count(
+        self,
+        *,
+        group: str | None = None,
+        consumer: str | None = None,
+        topic: str | None = None,
+        type: str | None = None,
+        key: str | None = None,
+        state: State | Literal["any"] = "open",
+    ) -> int:
+        """How many dead letters meet all conditions."""
+        wanted = Filter(group=group, consumer=consumer, topic=topic, type=type, key=key, state=state)
+        return self._run(lambda connection: letters.count(connection, self.outbox.tables, wanted))
+
     def get(self, id: uuid.UUID | str) -> DeadLetter | None:
         """One dead letter, whatever its state; None if there is none of that id."""
         wanted = Filter(id=_id(id), state="any")

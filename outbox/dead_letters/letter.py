@@ -116,6 +116,12 @@ def find(connection: sa.Connection, tables: Tables, wanted: Filter, limit: int) 
     return [_letter(row._mapping) for row in connection.execute(query)]
 
 
+def count(connection: sa.Connection, tables: Tables, wanted: Filter) -> int:
+    """How many dead letters (rows) meet the conditions."""
+    query = sa.select(sa.func.count()).select_from(tables.dead_letter).where(*wanted.conditions(tables))
+    return connection.scalar(query) or 0
+
+
 def groups(connection: sa.Connection, tables: Tables, wanted: Filter) -> list[Group]:
     """Open dead letters by cause, the largest group first."""
     letter = tables.dead_letter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -27,7 +27,10 @@ class RelayStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The state of one outbox, read in one transaction. Counts are messages, ages are seconds."""
+    """The state of one outbox, read in one transaction. Counts are messages, ages are seconds.
+
+    ``oldest``: age of the oldest message that should have been sent by now: pending, parked, or scheduled and overdue.
+    """
 
     pending: int
     oldest: float | None
@@ -53,14 +56,16 @@ def status(connection: sa.Connection, tables: Tables) -> Status:
     now = connection.scalar(sa.select(sa.type_coerce(clock(), UtcDateTime())))
     assert now is not None
 
-    def ago(moment: dt.datetime | None) -> float | None:
-        return None if moment is None else (now - moment).total_seconds()
+    def ago(moment: dt.datetime) -> float:
+        return (now - moment).total_seconds()
 
     def count(table: sa.Table, *where: sa.ColumnElement[bool]) -> int:
         return connection.scalar(sa.select(sa.func.count()).select_from(table).where(*where)) or 0
 
-    oldest = connection.scalar(sa.select(sa.func.min(message.c.created_at)))
     due = connection.scalar(sa.select(sa.func.min(scheduled.c.deliver_at)))
+    firsts = [connection.scalar(sa.select(sa.func.min(table.c.created_at))) for table in (message, parked)]
+    overdue = due if due is not None and due < now else None
+    unsent = [max(0.0, ago(first)) for first in (*firsts, overdue) if first is not None]
     head = connection.execute(
         sa.select(parked.c.last_error).where(parked.c.role == "head").order_by(parked.c.position).limit(1)
     ).one_or_none()
@@ -73,7 +78,7 @@ def status(connection: sa.Connection, tables: Tables) -> Status:
     relays = []
     for row in connection.execute(sa.select(tables.relay).order_by(tables.relay.c.started_at)):
         number, expires = buckets.pop(row.owner, (0, None))
-        beat = ago(row.heartbeat_at) or 0.0
+        beat = max(0.0, ago(row.heartbeat_at))
         alive = expires > now if expires is not None else beat < 30
         circuits = json.loads(row.state).get("circuits", {}) if row.state else {}
         relays.append(RelayStatus(row.owner, row.version, number, beat, alive, circuits))
@@ -86,9 +91,9 @@ def status(connection: sa.Connection, tables: Tables) -> Status:
     until = max((e for e in held_by_dead if e is not None), default=None)
     found = Status(
         pending=count(message),
-        oldest=ago(oldest),
+        oldest=max(unsent, default=None),
         scheduled=count(scheduled),
-        next_due=None if due is None else -(ago(due) or 0.0),
+        next_due=None if due is None else -ago(due),
         parked=count(parked),
         parked_keys=count(parked, parked.c.role == "head"),
         parked_error=head.last_error if head else None,
@@ -96,44 +101,56 @@ def status(connection: sa.Connection, tables: Tables) -> Status:
         inbox=count(tables.inbox),
         relays=relays,
         free_buckets=BUCKETS - sum(r.buckets for r in relays if r.alive),
-        lease_until=None if until is None else -(ago(until) or 0.0),
+        lease_until=None if until is None else -ago(until),
     )
-    return Status(**{**_fields(found), "verdict": explain(found)})
-
-
-def _fields(found: Status) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in found.__dataclass_fields__}
+    return replace(found, verdict=explain(found))
 
 
 def explain(s: Status) -> str:
     """One sentence: why messages wait, or that none do."""
     alive = [relay for relay in s.relays if relay.alive]
-    open_everywhere = [c["*"] for relay in alive if (c := relay.circuits) and "*" in c]
-    if open_everywhere:
-        first = min(open_everywhere, key=lambda c: c["since"])
+    down = [relay.circuits["*"] for relay in alive if "*" in relay.circuits]
+    if down:
+        first = min(down, key=lambda circuit: circuit["since"])
         since = dt.datetime.fromtimestamp(first["since"], dt.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return f"The broker is unavailable since {since} ({first['reason']}); nothing is lost, sending goes on when it is back."
+        reason = first["reason"]
+        return f"The broker is unavailable since {since} ({reason}); nothing is lost, sending goes on when it is back."
+    overdue = s.next_due is not None and s.next_due <= 0
+    if not alive and (s.pending or s.parked or overdue):
+        if s.lease_until is not None and s.lease_until > 0:
+            return (
+                f"The relay that held the leases is gone; they run out in {s.lease_until:.0f} s, then another relay takes "
+                "over."
+            )
+        return "No relay is running: start one with `outbox relay`."
     if s.pending:
-        if not alive:
-            if s.lease_until is not None and s.lease_until > 0:
-                return f"The relay that held the leases is gone; they run out in {s.lease_until:.0f} s, then another relay takes over."
-            return "No relay is running: start one with `outbox relay`."
-        topics = sorted({topic for relay in alive for topic in relay.circuits if topic != "*"})
-        if topics:
-            reason = next(relay.circuits[topics[0]]["reason"] for relay in alive if topics[0] in relay.circuits)
-            return f"Messages for {', '.join(topics)} wait, since that topic is unavailable ({reason}); others are sent."
-        if s.free_buckets:
-            return f"{s.free_buckets} of {BUCKETS} buckets have no relay at the moment; they are taken within a lease time."
-        if s.oldest is not None and s.oldest > 60:
-            return f"Messages are being sent, and {s.pending} wait, the oldest for {s.oldest:.0f} s."
-        return f"Messages are being sent; {s.pending} wait."
+        parked = f"; {_parked(s)}" if s.parked else ""
+        return f"{_pending(s, alive)}{parked}."
     if s.parked:
-        return (
-            f"{s.parked} messages of {s.parked_keys} keys are parked after a failure and will be tried again "
-            f"({s.parked_error}); all others are sent."
-        )
+        return f"{_parked(s)}; all others are sent."
     if s.scheduled:
-        return f"All {s.scheduled} messages that are left are scheduled for later, the first in {max(0, s.next_due or 0):.0f} s."
+        unattended = "" if alive else ", but no relay is running"
+        return (
+            f"All {s.scheduled} messages that are left are scheduled for later, the first in {max(0, s.next_due or 0):.0f} s"
+            f"{unattended}."
+        )
     if s.dead_letters:
         return f"Nothing waits to be sent; {s.dead_letters} dead letters are open: see `outbox dlq groups`."
     return "Nothing waits to be sent."
+
+
+def _pending(s: Status, alive: list[RelayStatus]) -> str:
+    topics = sorted({topic for relay in alive for topic in relay.circuits})
+    if topics:
+        reason = next(relay.circuits[topics[0]]["reason"] for relay in alive if topics[0] in relay.circuits)
+        return f"Messages for {', '.join(topics)} wait, since that topic is unavailable ({reason}); others are sent"
+    if s.free_buckets:
+        return f"{s.free_buckets} of {BUCKETS} buckets have no relay at the moment; they are taken within a lease time"
+    if s.oldest is not None and s.oldest > 60 and not s.parked:
+        return f"Messages are being sent, and {s.pending} wait, the oldest for {s.oldest:.0f} s"
+    return f"Messages are being sent; {s.pending} wait"
+
+
+def _parked(s: Status) -> str:
+    what = f"{s.parked} messages of {s.parked_keys} keys are parked"
+    return f"{what} after a failure and will be tried again ({s.parked_error})"

@@ -57,7 +57,8 @@ def verdict(found: list[Sighting], subject: str) -> str:
     if "parked" in where:
         row = where["parked"]
         if row["role"] == "head":
-            text = f"{subject} failed {row['attempts']} times and is tried again at {row['next_attempt_at']}: {row['last_error']}"
+            text = f"{subject} failed {row['attempts']} times ({row['last_error']}) and is tried again at "
+            text += str(row["next_attempt_at"])
         else:
             text = f"{subject} waits behind an earlier message of its key that failed"
     elif "message" in where:
@@ -77,7 +78,13 @@ def verdict(found: list[Sighting], subject: str) -> str:
     else:
         text = f"{subject} has left this outbox"
     done = sorted({s.row["consumer"] for s in found if s.table == "inbox" and s.row["outcome"] == "done"})
-    dead = sorted({s.row["consumer"] for s in found if s.table == "dead_letter" and s.row["consumer"] and s.row["state"] == "open"})
+    dead = sorted(
+        {
+            s.row["consumer"]
+            for s in found
+            if s.table == "dead_letter" and s.row["consumer"] and s.row["state"] == "open"
+        }
+    )
     waiting = sorted({s.row["consumer"] for s in found if s.table == "attempt"} - set(done))
     if done:
         text += f"; its effect happened in {', '.join(done)}"

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from outbox.errors import ConfigurationError
 from outbox.store import Store
-from outbox.stores.engine import engine_for
+from outbox.stores.engine import engine_for, is_engine
 from outbox.tables import Tables
 
 if TYPE_CHECKING:
@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 
 
 def open_store(database: str | sa.URL | sa.Engine | AsyncEngine | None, tables: Tables) -> Store:
-    """The store of a database. Nothing is connected yet. Raises `ConfigurationError`."""
+    """The store of a database. Nothing is connected yet. Raises `ConfigurationError`. An engine that is made here is
+    disposed of by the store's `close`; one that is given stays the caller's."""
     engine = engine_for(database)
+    ours = not is_engine(database)
     if engine.dialect.name == "postgresql":
         from outbox.stores.postgresql import PostgresqlStore
 
-        return PostgresqlStore(tables, engine)
+        return PostgresqlStore(tables, engine, ours=ours)
     if engine.dialect.name == "sqlite":
         from outbox.stores.sqlite import SqliteStore
 
-        return SqliteStore(tables, engine)
+        return SqliteStore(tables, engine, ours=ours)
     raise ConfigurationError(f"the relay reads PostgreSQL and SQLite in this version, not {engine.dialect.name}")
 
 

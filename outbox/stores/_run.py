@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import sqlalchemy as sa
 
@@ -17,26 +17,42 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+GRACE: Final = 1.0  # seconds that a cancelled call waits for its thread
+
 
 class Runner:
-    """Runs functions of a sync connection: in a thread for an `Engine`, by ``run_sync`` for an `AsyncEngine`."""
+    """Runs functions of a sync connection: in a thread for an `Engine`, by ``run_sync`` for an `AsyncEngine`.
 
-    def __init__(self, engine: sa.Engine | AsyncEngine) -> None:
+    ``ours``: the engine was made for this store, which disposes of it.
+    """
+
+    def __init__(self, engine: sa.Engine | AsyncEngine, *, ours: bool = False) -> None:
         self.engine = engine
+        self._ours = ours
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="outbox-store")
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
         """Run ``work`` in a transaction and commit. Raises `StoreUnavailable` for what is the database's fault."""
         try:
             if isinstance(self.engine, sa.Engine):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, self._in_transaction, work)
+                return await self._in_thread(self._in_transaction, work)
             async with self.engine.begin() as connection:
                 return await connection.run_sync(work)
-        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError, OSError) as error:
-            raise unavailable(self.engine, error) from error
-        except sa.exc.DBAPIError as error:
+        except (sa.exc.IntegrityError, sa.exc.DataError) as error:
             if error.connection_invalidated:
                 raise unavailable(self.engine, error) from error
+            raise  # not its fault, but the statement's
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError) as error:
+            raise unavailable(self.engine, error) from error
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        future = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            # The thread goes on all the same, and what is done next (giving the leases back) must not come before it.
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())
+            await asyncio.wait([future], timeout=GRACE)
             raise
 
     def _in_transaction(self, work: Callable[[sa.Connection], T]) -> T:
@@ -45,43 +61,76 @@ class Runner:
             return work(connection)
 
     async def raw_psycopg(self) -> psycopg.AsyncConnection[Any]:
-        """A connection for psycopg's async interface, made as the engine makes its own: whatever its ``creator``,
-        ``connect_args`` and ``do_connect`` say (IAM logins) holds here too."""
+        """A connection for psycopg's async interface, in autocommit mode, made as the engine makes its own: whatever its
+        ``creator``, ``connect_args`` and ``do_connect`` say (IAM logins) holds here too."""
         import psycopg
 
         try:
             if isinstance(self.engine, sa.Engine):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, self._borrow, self.engine)
-            if self.engine.dialect.driver == "psycopg":
+                connection = await self._in_thread(_borrow, self.engine)
+            elif self.engine.dialect.driver == "psycopg":
                 raw = await self.engine.raw_connection()
-                connection: psycopg.AsyncConnection[Any] = raw.driver_connection  # type: ignore[assignment]
+                connection = raw.driver_connection  # type: ignore[assignment]
                 raw.detach()
-                return connection
-            # asyncpg speaks another interface: the same server, through psycopg
-            url = self.engine.url.set(drivername="postgresql+psycopg")
-            return await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._borrow, sa.create_engine(url, poolclass=sa.NullPool)
-            )
+                await connection.rollback()
+            else:  # asyncpg speaks another interface: the same server, through psycopg
+                connection = await self._in_thread(_borrow, self.engine.sync_engine)
+            await connection.set_autocommit(True)
+            return connection
         except (sa.exc.DBAPIError, sa.exc.TimeoutError, psycopg.Error, OSError) as error:
             raise unavailable(self.engine, error) from error
 
-    @staticmethod
-    def _borrow(engine: sa.Engine) -> psycopg.AsyncConnection[Any]:
-        import psycopg
-
-        if engine.dialect.driver != "psycopg":
-            engine = sa.create_engine(engine.url.set(drivername="postgresql+psycopg"), poolclass=sa.NullPool)
-        raw = engine.raw_connection()
-        sync: psycopg.Connection[Any] = raw.driver_connection  # type: ignore[assignment]
-        raw.detach()
-        sync.rollback()
-        connection: psycopg.AsyncConnection[Any] = psycopg.AsyncConnection(sync.pgconn)
-        # both wrap one libpq connection; kept together, so that the first is not taken for forgotten while the second works
-        connection._outbox_made_by = sync  # type: ignore[attr-defined]
-        return connection
-
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._ours:
+            if isinstance(self.engine, sa.Engine):
+                self.engine.dispose()
+            else:
+                await self.engine.dispose()
+
+
+def _borrow(engine: sa.Engine) -> psycopg.AsyncConnection[Any]:
+    import psycopg
+
+    if engine.dialect.driver != "psycopg":
+        engine = sa.create_engine(_for_psycopg(engine.url), poolclass=sa.NullPool)
+    raw = engine.raw_connection()
+    sync: psycopg.Connection[Any] = raw.driver_connection  # type: ignore[assignment]
+    raw.detach()
+    sync.rollback()
+    connection: psycopg.AsyncConnection[Any] = psycopg.AsyncConnection(sync.pgconn)
+    connection.prepare_threshold = sync.prepare_threshold  # None is what people behind PgBouncer set
+    # Both wrap one libpq connection, which closes once: with the second, the first is closed too. Kept together, so that
+    # the first is not taken for forgotten while the second works.
+    connection._outbox_made_by = sync  # type: ignore[attr-defined]
+    return connection
+
+
+def _for_psycopg(url: sa.URL) -> sa.URL:
+    """The URL of another driver as psycopg reads it: asyncpg's ``ssl`` is libpq's ``sslmode``, its own options go."""
+    query = dict(url.query)
+    if "ssl" in query:
+        query["sslmode"] = query.pop("ssl")
+    for name in [name for name in query if name.startswith("prepared_statement")]:
+        del query[name]
+    return url.set(drivername="postgresql+psycopg", query=query)
+
+
+class Scope:
+    """What a store's last read looked for. A read that looks for more finds rows below where reading would go on."""
+
+    def __init__(self) -> None:
+        self._buckets: frozenset[int] | None = None
+        self._without_topics: frozenset[str] = frozenset()
+
+    def grows(self, buckets: Collection[int] | None, without_topics: Collection[str]) -> bool:
+        wanted = None if buckets is None else frozenset(buckets)
+        left_out = frozenset(without_topics)
+        more = (self._buckets is not None and (wanted is None or not wanted <= self._buckets)) or not (
+            left_out >= self._without_topics
+        )
+        self._buckets, self._without_topics = wanted, left_out
+        return more
 
 
 def unavailable(engine: sa.Engine | AsyncEngine, error: BaseException) -> StoreUnavailable:

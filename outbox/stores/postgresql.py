@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
 from outbox._message import Outgoing
-from outbox.errors import StoreUnavailable
-from outbox.stores._run import Runner
+from outbox.stores._run import Runner, Scope, unavailable
 from outbox.tables import Tables
 
 if TYPE_CHECKING:
@@ -34,11 +33,13 @@ WITHOUT_TOPICS: Final = " and topic <> all(%(without_topics)s::text[])"
 # By the primary key.
 SETTLE: Final = "delete from {message} where position = any(%s::bigint[])"
 
-SNAPSHOT: Final = (
-    "select pg_snapshot_xmin(s)::text::bigint, pg_snapshot_xmax(s)::text::bigint from pg_current_snapshot() s"
-)
+XMIN: Final = "select pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
+# A transaction id of one's own and not the snapshot's xmax: that is the highest *ended* id plus one, and a transaction
+# that is open now may have that very id or a higher one. Costs no flush, and only while messages flow.
+XMIN_AND_XID: Final = XMIN + ", pg_current_xact_id()::text::bigint"
 
-LOOK: Final = 0.1  # seconds between two looks at the snapshot
+ZERO: Final = -(1 << 63)  # below every position, also below one that was written by hand
+LOOK: Final = 0.1  # seconds between two looks at the transactions
 SWEEP: Final = 15.0  # seconds between two reads from zero
 
 
@@ -48,26 +49,37 @@ class Floor:
     Reading from zero is always right and slow under a held snapshot: each read walks over the deleted rows. Reading above
     the highest settled position inverts keys, since a transaction may have taken a lower position and commit later.
     What is right: everything that could still hold a position up to P had its transaction id when P was read, so once
-    all those transactions have ended (a later snapshot's xmin has reached the xmax of then), **one more read from the old
-    floor** sees the last of them, and P is the new floor.
+    all those transactions have ended (a later snapshot's xmin has reached an id given out after P was read), **one more
+    read from the old floor** sees the last of them, and P is the new floor.
 
-    A transaction takes its position a moment before its id. So the xmax that belongs to P is the one of the look after
-    (0.1 s later), and a sweep from zero finds what a process suspended for longer in exactly that moment has left.
+    A transaction that holds no lock yet takes its position a moment before its id (one that has written or locked a row,
+    which is what orders a key, has an id already). So the id that belongs to P is the one of the look after, 0.1 s later,
+    and a sweep from zero finds what a process suspended for longer in exactly that moment has left.
     """
 
     def __init__(self) -> None:
-        self.position = 0
-        self._highest = 0
-        self._noted = 0
+        self.position = ZERO
+        self._highest = ZERO
+        self._noted = ZERO
         self._waiting: list[tuple[int, int]] = []
         self._next: int | None = None
 
-    def look(self, xmin: int, xmax: int) -> None:
-        """Before a read: what the snapshot allows, once that read is done."""
+    @property
+    def wants_id(self) -> bool:
+        """Whether the next `look` needs a transaction id."""
+        return self._noted > max(self.position, self._waiting[-1][0] if self._waiting else ZERO)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether a `look` would find nothing out."""
+        return not self._waiting and self._highest <= self.position
+
+    def look(self, xmin: int, xid: int | None) -> None:
+        """Before a read: what has ended by now, for that read to make use of."""
         while self._waiting and self._waiting[0][1] <= xmin:
             self._next = self._waiting.pop(0)[0]
-        if self._noted > self.position and (not self._waiting or self._waiting[-1][0] < self._noted):
-            self._waiting.append((self._noted, xmax))
+        if xid is not None:
+            self._waiting.append((self._noted, xid))
         self._noted = self._highest
 
     def has_read(self, last: int | None, full: bool) -> None:
@@ -80,20 +92,34 @@ class Floor:
             self._next = None
 
 
+class _Line:
+    """One connection of the hot path, for one statement at a time."""
+
+    def __init__(self) -> None:
+        self.connection: psycopg.AsyncConnection[Any] | None = None
+        self.life = 0
+
+    async def close(self) -> None:
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            await connection.close()
+
+
 class PostgresqlStore:
     """`outbox.store.Store` for PostgreSQL. Two connections for the hot path (reading, settling), the rest through SQLAlchemy."""
 
     dialect = "postgresql"
 
-    def __init__(self, tables: Tables, engine: sa.Engine | AsyncEngine) -> None:
+    def __init__(self, tables: Tables, engine: sa.Engine | AsyncEngine, *, ours: bool = False) -> None:
         self.tables = tables
-        self._runner = Runner(engine)
+        self._runner = Runner(engine, ours=ours)
         name = postgresql.dialect().identifier_preparer.format_table(tables.message)
         name = name.replace("%", "%%")
         self._read_sql = READ.format(message=name)
         self._settle_sql = SETTLE.format(message=name)
-        self._reader: psycopg.AsyncConnection[Any] | None = None
-        self._settler: psycopg.AsyncConnection[Any] | None = None
+        self._reader, self._settler = _Line(), _Line()
+        self._life = 0
+        self._scope = Scope()
         self.rewind()
 
     def rewind(self) -> None:
@@ -115,37 +141,41 @@ class PostgresqlStore:
         if without_topics:
             and_ += WITHOUT_TOPICS
             parameters["without_topics"] = list(without_topics)
-        now = time.monotonic()
+        if self._scope.grows(buckets, without_topics):
+            self.rewind()
         try:
-            reader = self._reader or await self._open("_reader")
-            floor = self._floor
+            connection = await self._connection(self._reader)
+            floor, now = self._floor, time.monotonic()
             # a topic that is left out has rows that nobody has read: the floor must not pass them
-            look = not without_topics and now - self._looked >= LOOK
-            if look:
+            if not without_topics and now - self._looked >= LOOK and not floor.at_rest:
                 self._looked = now
-                row = await (await reader.execute(SNAPSHOT)).fetchone()
-                floor.look(*cast("tuple[int, int]", row))
+                row = await (await connection.execute(XMIN_AND_XID if floor.wants_id else XMIN)).fetchone()
+                assert row is not None
+                floor.look(row[0], row[1] if len(row) > 1 else None)
             sweep = now - self._swept >= SWEEP
-            parameters["start"] = 0 if sweep else floor.position
+            start = parameters["start"] = ZERO if sweep else floor.position
             query: Any = self._read_sql.format(and_=and_)
-            cursor = reader.cursor(binary=True)
-            await cursor.execute(query, parameters, prepare=not in_flight)
+            cursor = connection.cursor(binary=True)
+            await cursor.execute(query, parameters, prepare=False if in_flight else None)
             rows = await cursor.fetchall()
         except BaseException as error:
-            await self._lost(error)
+            await self._lost(self._reader, error)
             raise
-        if sweep:
+        if sweep and floor is self._floor:
             self._swept = now
-        floor.has_read(rows[-1][0] if rows else None, len(rows) == limit)
+            if rows and rows[0][0] <= floor.position:
+                self.rewind()  # the floor was wrong: what else is below it comes with the next reads
+        elif start == floor.position:
+            floor.has_read(rows[-1][0] if rows else None, len(rows) == limit)
         return list(map(Outgoing._make, rows))
 
     async def settle(self, positions: Sequence[int]) -> int:
         try:
             sql: Any = self._settle_sql  # ours, and the name is checked: psycopg types ask for a literal
-            settler = self._settler or await self._open("_settler")
-            cursor = await settler.execute(sql, (list(positions),), binary=True)
+            connection = await self._connection(self._settler)
+            cursor = await connection.execute(sql, (list(positions),), binary=True)
         except BaseException as error:
-            await self._lost(error)
+            await self._lost(self._settler, error)
             raise
         return cursor.rowcount
 
@@ -153,31 +183,27 @@ class PostgresqlStore:
         return await self._runner.run(work)
 
     async def close(self) -> None:
-        await self._drop()
+        await self._reader.close()
+        await self._settler.close()
         await self._runner.close()
 
     # ------------------------------------------------------------ connections
 
-    async def _open(self, name: str) -> psycopg.AsyncConnection[Any]:
-        connection = await self._runner.raw_psycopg()
-        await connection.set_autocommit(True)
-        setattr(self, name, connection)
-        return connection
+    async def _connection(self, line: _Line) -> psycopg.AsyncConnection[Any]:
+        if line.connection is None or line.life != self._life:
+            await line.close()
+            line.life = self._life
+            line.connection = await self._runner.raw_psycopg()
+        return line.connection
 
-    async def _drop(self) -> None:
-        connections = [c for c in (self._reader, self._settler) if c is not None]
-        self._reader = self._settler = None
+    async def _lost(self, line: _Line, error: BaseException) -> None:
+        """After any failure, cancellation included, the connection's state is unknown. What this relay knows of positions
+        dies with it, so the other line gets a new connection too, but not before its own statement has ended: a waiter
+        on a socket that is closed under it waits for ever. A driver's error is raised as `StoreUnavailable`."""
+        self._life += 1
         self.rewind()
-        for connection in connections:
-            await connection.close()
-
-    async def _lost(self, error: BaseException) -> None:
-        """After any failure, cancellation included, the connection's state is unknown: both are closed. What this relay
-        knows of positions dies with them. A driver's error is raised as `StoreUnavailable`."""
-        await self._drop()
+        await line.close()
         import psycopg
 
         if isinstance(error, psycopg.Error):
-            raise StoreUnavailable(
-                f"PostgreSQL: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
-            ) from error
+            raise unavailable(self._runner.engine, error) from error

@@ -3,6 +3,8 @@ read is an exact floor."""
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -10,7 +12,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
 
 from outbox._message import Outgoing
-from outbox.stores._run import Runner
+from outbox.errors import StoreUnavailable
+from outbox.stores._run import Runner, Scope
 from outbox.tables import Tables
 
 if TYPE_CHECKING:
@@ -18,14 +21,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# By the primary key, which is the row id.
+# By the primary key, which is the row id. SQLAlchemy stores a UUID as 32 digits; a row written by hand may have others.
 READ: Final = (
-    "select position, substr(id, 1, 8) || '-' || substr(id, 9, 4) || '-' || substr(id, 13, 4) || '-' || substr(id, 17, 4)"
-    " || '-' || substr(id, 21), topic, key, type, payload, content_type, headers, bucket from {message}"
+    "select position, case length(id) when 32 then substr(id, 1, 8) || '-' || substr(id, 9, 4) || '-' || substr(id, 13, 4)"
+    " || '-' || substr(id, 17, 4) || '-' || substr(id, 21) else id end,"
+    " topic, key, type, payload, content_type, headers, bucket from {message}"
     " where position > ?{and_} order by position limit ?"
 )
 SETTLE: Final = "delete from {message} where position in ({marks})"
 SETTLE_AT_ONCE: Final = 500  # rows; SQLite takes 999 parameters in its oldest builds
+
+ZERO: Final = -(1 << 63)
+SWEEP: Final = 15.0  # seconds between two reads from zero: for positions that were written by hand, or restored
+BUSY: Final = 5  # SQLITE_BUSY
+TRIES: Final = 5
 
 
 class SqliteStore:
@@ -33,16 +42,19 @@ class SqliteStore:
 
     dialect = "sqlite"
 
-    def __init__(self, tables: Tables, engine: sa.Engine | AsyncEngine) -> None:
+    def __init__(self, tables: Tables, engine: sa.Engine | AsyncEngine, *, ours: bool = False) -> None:
         self.tables = tables
-        self._runner = Runner(engine)
+        self._runner = Runner(engine, ours=ours)
         self._table = sqlite.dialect().identifier_preparer.format_table(tables.message)
-        self._start = 0
+        self._scope = Scope()
         self._rewound = 0
+        self._highest = ZERO
+        self.rewind()
 
     def rewind(self) -> None:
-        self._start = 0
+        self._start = ZERO
         self._rewound += 1
+        self._swept = time.monotonic()
 
     async def read(
         self, buckets: Collection[int] | None, in_flight: Collection[int], without_topics: Collection[str], limit: int
@@ -54,15 +66,20 @@ class SqliteStore:
                 and_ += f" and {column} {word} ({', '.join('?' * len(values))})"
                 filters += values
         statement = READ.format(message=self._table, and_=and_)
+        if self._scope.grows(buckets, without_topics) or time.monotonic() - self._swept >= SWEEP:
+            self.rewind()
         rewound = self._rewound
+        # Rows in flight lie above the start only after a rewind. As they are before the read: a row that is settled
+        # while it is read would otherwise look new.
+        skipped = frozenset(in_flight) if self._start < self._highest else frozenset()
         while True:
             parameters = (self._start, *filters, limit)
             rows = await self.run(lambda c, p=parameters: c.exec_driver_sql(statement, p).fetchall())  # type: ignore[misc]
             if rows and rewound == self._rewound:
                 self._start = rows[-1][0]
-            # rows in flight lie above the start only after a rewind
-            found = [Outgoing._make(row) for row in rows if row[0] not in in_flight]
-            if found or len(rows) < limit:
+                self._highest = max(self._highest, self._start)
+            found = [Outgoing._make(row) for row in rows if row[0] not in skipped]
+            if found or len(rows) < limit or rewound != self._rewound:
                 return found
 
     async def settle(self, positions: Sequence[int]) -> int:
@@ -74,6 +91,16 @@ class SqliteStore:
                 count += connection.exec_driver_sql(statement, part).rowcount
             return count
 
+        for _ in range(TRIES - 1):
+            try:
+                return await self.run(delete)
+            except StoreUnavailable as error:
+                # A lock that was not had is the one failure after which nothing has happened for certain, and a file does
+                # not fail over: tried again, instead of sending all of it again.
+                code = getattr(getattr(error.__cause__, "orig", None), "sqlite_errorcode", None)
+                if code is None or code & 0xFF != BUSY:
+                    raise
+                await asyncio.sleep(0.01)
         return await self.run(delete)
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:

@@ -31,6 +31,8 @@ class TopicFacts:
     partitions: int
     max_bytes: int
     """Of a record batch, headers and all."""
+    certain: bool
+    """Whether the broker (or the URL) said so; else it is the usual limit."""
 
 
 async def diagnose(settings: Settings) -> None:
@@ -115,7 +117,7 @@ async def describe(
             found[topic] = Unavailable(f"kafka: topic {topic!r}: {error.__name__}")
     limits = await _limits(client, node, list(partitions), settings)
     for topic, count in partitions.items():
-        found[topic] = TopicFacts(count, limits.get(topic, DEFAULT_MAX_MESSAGE))
+        found[topic] = TopicFacts(count, limits.get(topic, DEFAULT_MAX_MESSAGE), topic in limits)
     return found
 
 

@@ -14,7 +14,7 @@ Why so much of aiokafka's inside is touched here (0.14; tests/transports/test_ka
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+import time
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,6 +28,9 @@ from outbox.transports._kafka_client import cancel, ended, hang_up
 from outbox.transports._kafka_settings import Settings
 
 INVALID_RECORD: Final = 87
+
+MISSING: Final = 2.0
+"""Seconds until a topic that the broker does not know any more is taken for deleted; leaders change in less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +60,12 @@ class Producer:
         self._unacked: set[asyncio.Future[Any]] = set()
         self.broken: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         """Done, with the reason, once nothing is sent any more."""
+        self.calls = 0
+        """Publish calls that sent by it and have not returned: the user's count."""
         self.denied: set[str] = set()
         """Topics that we may not write to. Their sequence numbers have holes, so it takes a new producer to try again."""
         self.refusals: dict[tuple[str, int], Refusal] = {}
+        self._missing_since: dict[TopicPartition, float] = {}
 
     @property
     def client(self) -> Any:
@@ -71,6 +77,8 @@ class Producer:
             # aiokafka asks for a producer id until it gets one.
             async with asyncio.timeout(self._settings.delivery_timeout):
                 await self._aio.start()
+            if self.broken.done():
+                raise self.broken.result()
         except BaseException as error:
             self.end(error)
             await self.ended()
@@ -81,7 +89,9 @@ class Producer:
         return BatchBuilder(max_bytes, self._aio._message_accumulator._compression_type)
 
     async def send(self, builder: Any, topic: str, partition: int) -> asyncio.Future[Any]:
-        """Queue a batch behind the others of its partition. Raises KafkaError."""
+        """Queue a batch behind the others of its partition. Raises KafkaError, or what broke the producer."""
+        if self.broken.done():
+            raise self.broken.result()
         builder.close()
         future: asyncio.Future[Any] = await self._aio.send_batch(builder, topic, partition=partition)
         self._unacked.add(future)
@@ -118,6 +128,12 @@ class Producer:
                     self._deny(place.topic, error)
                 elif error is not None:
                     self.end(error)
+                self._missing_since.pop(place, None)
+            elif (refusal := self.refusals.get(place)) and refusal.code == errors.UnknownTopicOrPartitionError.errno:
+                # aiokafka tries again for ever, and each time makes all other topics wait.
+                since = self._missing_since.setdefault(place, time.monotonic())
+                if time.monotonic() - since > MISSING:
+                    self.end(errors.UnknownTopicOrPartitionError(f"topic {place.topic!r} is gone"))
 
     def _deny(self, topic: str, error: BaseException) -> None:
         self.denied.add(topic)
@@ -128,12 +144,17 @@ class Producer:
 
     def end(self, error: BaseException | None = None) -> None:
         """Send nothing more, from this moment on. What is on the wire may or may not be stored."""
-        if self.broken.done():
-            return
-        self.broken.set_result(error or Unavailable("kafka: this producer was closed"))
+        if not self.broken.done():
+            self.broken.set_result(error or Unavailable("kafka: this producer was closed"))
         self._ending |= cancel([self._sender.sender_task, *self._requests, self._aio.client._sync_task])
         hang_up(self._aio.client)
         self._aio._closed = True
+        # Whoever waits for a free place in the queue gets one, and learns from `broken` that it is of no use.
+        waiting = self._aio._message_accumulator._batches
+        for batch in [batch for batches in waiting.values() for batch in batches]:
+            if not batch._drain_waiter.done():
+                batch._drain_waiter.set_result(None)
+        waiting.clear()
 
     async def ended(self) -> None:
         await ended(self._ending)
@@ -152,7 +173,3 @@ class _Handler(SendProduceReqHandler):  # type: ignore[misc]  # aiokafka has no 
                         at = tuple(index for index, _ in records or ())
                         self._refusals[topic, partition] = Refusal(code, at, text or "")
         super().handle_response(response)
-
-
-def refused_topics(producer: Producer, topics: Collection[str]) -> bool:
-    return not producer.denied.isdisjoint(topics)

@@ -92,14 +92,14 @@ def settings(url: Url, token: Callable[[], Awaitable[str]] | None = None) -> Set
     """Raises `ConfigurationError` for whatever does not fit together."""
     require_known(url, PARAMETERS)
     if url.path.strip("/"):
-        raise ConfigurationError("kafka: a URL ends with its hosts and parameters, as in kafka://host:9092?client_id=shop")
+        raise ConfigurationError(
+            "kafka: a URL ends with its hosts and parameters, as in kafka://host:9092?client_id=shop"
+        )
     servers = tuple(_server(host) for host in url.hosts.split(",") if host)
     if not servers:
         raise ConfigurationError("kafka: the URL names no broker; write kafka://host:9092,host:9092")
     url.parameter("acks", "all", one_of("all"))
-    protocol = url.parameter(
-        "security_protocol", "PLAINTEXT", one_of("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
-    )
+    protocol = url.parameter("security_protocol", "PLAINTEXT", one_of("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"))
     mechanism = url.parameter(
         "sasl_mechanism", "PLAIN", one_of("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER")
     )

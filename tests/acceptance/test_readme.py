@@ -36,24 +36,18 @@ def folder(tmp_path: Path) -> Path:
         if name.endswith(".py"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(text)
-    # place.py makes the tables of both services' snippets, as they share one database here
-    code = "import shop.billing, runpy; runpy.run_module('shop.place', run_name='__main__')"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "shop.place"], cwd=tmp_path, check=True, timeout=60)
     return tmp_path
 
 
 @pytest.fixture
 def processes(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
     """The README's relay and consumer, running."""
-    started = [
-        subprocess.Popen(
-            [str(BIN / "outbox"), *shlex.split(line)[1:]],
-            cwd=folder,
-            stderr=(folder / f"process{number}.log").open("w"),
-            text=True,
-        )
-        for number, line in enumerate(snippets()["shell"].strip().splitlines())
-    ]
+    started = []
+    for number, line in enumerate(snippets()["shell"].strip().splitlines()):
+        with (folder / f"process{number}.log").open("w") as log:
+            command = [str(BIN / "outbox"), *shlex.split(line)[1:]]
+            started.append(subprocess.Popen(command, cwd=folder, stderr=log, text=True))
     yield started
     for process in started:
         process.kill()
