@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, overload
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.util import ScopedRegistry
 
 from outbox import _transactions as transactions
 from outbox import encoding, staging
@@ -383,7 +384,7 @@ def _resolve(where: Any, sync_only: str | None = None) -> Session | sa.Connectio
         found: Session = where()
         return found
     registry = getattr(where, "registry", None)
-    if registry is not None and hasattr(type(where), "run_sync"):
+    if isinstance(registry, ScopedRegistry):  # async_scoped_session
         where = registry()
     sync_session = getattr(where, "sync_session", None)
     if isinstance(sync_session, Session):

@@ -98,14 +98,18 @@ def _now_mysql(element: _now, compiler: Any, **kw: Any) -> str:
 
 
 def insert_if_absent(table: sa.Table, dialect: str) -> sa.Insert:
-    """An insert that does nothing where the row is there already: by conflict clause, never by the text of an error."""
+    """An insert that does nothing where the row is there already: by conflict clause, never by the text of an error.
+    Its result's ``rowcount`` says which."""
     if dialect == "postgresql":
-        return postgresql.insert(table).on_conflict_do_nothing()
-    if dialect == "sqlite":
-        return sqlite.insert(table).on_conflict_do_nothing()
-    if dialect in ("mysql", "mariadb"):
-        return table.insert().prefix_with("IGNORE")
-    raise ConfigurationError(f"database {dialect!r}: PostgreSQL, SQLite, MySQL and MariaDB are possible")
+        insert: sa.Insert = postgresql.insert(table).on_conflict_do_nothing()
+    elif dialect == "sqlite":
+        insert = sqlite.insert(table).on_conflict_do_nothing()
+    elif dialect in ("mysql", "mariadb"):
+        insert = table.insert().prefix_with("IGNORE")
+    else:
+        raise ConfigurationError(f"database {dialect!r}: PostgreSQL, SQLite, MySQL and MariaDB are possible")
+    # SQLAlchemy keeps the row count of an INSERT only when told to: an async psycopg cursor is closed by then and says -1
+    return insert.execution_options(preserve_rowcount=True)
 
 
 def _text(length: int) -> sa.types.TypeEngine[str]:

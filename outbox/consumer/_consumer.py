@@ -152,6 +152,10 @@ class Consumer:
         """
         return handing.handle(self.outbox, self.name, self._handlers, message, where)
 
+    def handles(self, message: Message) -> bool:
+        """Whether there is a handler for a message of this topic and type."""
+        return self._handlers.find(message.topic, message.type) is not None
+
     # ------------------------------------------------------------ ways to run
 
     def run(

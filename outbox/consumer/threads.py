@@ -24,7 +24,7 @@ class Threads:
         self._size, self._name = size, name
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._started = 0
-        self._busy = 0
+        self._under_way: set[Future[Any]] = set()
         self._lock = threading.Lock()
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -44,23 +44,27 @@ class Threads:
                 future.set_result(result)
 
         with self._lock:
-            self._busy += 1
-            if self._busy > self._started and self._started < self._size:
+            self._under_way.add(future)
+            if len(self._under_way) > self._started and self._started < self._size:
                 self._started += 1
                 threading.Thread(target=self._work, name=f"{self._name}-{next(_numbers)}", daemon=True).start()
         future.add_done_callback(self._is_done)
         self._jobs.put(job)
         return await asyncio.wrap_future(future)
 
-    def close(self) -> None:
-        """Let idle threads end, and busy ones when their work does."""
+    async def close(self, timeout: float) -> None:
+        """Wait for what is under way, ``timeout`` seconds at the most, and let the threads end when they are idle."""
+        with self._lock:
+            waiting = [asyncio.wrap_future(future) for future in self._under_way]
+        if waiting:
+            await asyncio.wait(waiting, timeout=timeout)
         for _ in range(self._started):
             self._jobs.put(None)
         self._started = 0
 
     def _is_done(self, future: Future[Any]) -> None:
         with self._lock:
-            self._busy -= 1
+            self._under_way.discard(future)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

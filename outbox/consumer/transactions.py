@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+CLOSE: Final = 2.0  # seconds for what is under way beside the handlers
 SPARE_THREADS: Final = 3  # for what is written beside the handlers: attempts, dead letters, replays
 
 
@@ -105,7 +106,7 @@ class Transactions:
 
     async def close(self) -> None:
         """Let go of the connections that were made here."""
-        self._threads.close()
+        await self._threads.close(CLOSE)
         if not is_engine(self._database):
             if self._async_engine is not None:
                 await self._async_engine.dispose()

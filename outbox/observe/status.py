@@ -57,7 +57,8 @@ def status(connection: sa.Connection, tables: Tables) -> Status:
     assert now is not None
 
     def ago(moment: dt.datetime) -> float:
-        return (now - moment).total_seconds()
+        seconds: float = (now - moment).total_seconds()
+        return seconds
 
     def count(table: sa.Table, *where: sa.ColumnElement[bool]) -> int:
         return connection.scalar(sa.select(sa.func.count()).select_from(table).where(*where)) or 0

@@ -6,20 +6,24 @@ import asyncio
 import contextlib
 import logging
 import signal
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import sqlalchemy as sa
 
 from outbox._outbox import Outbox
-from outbox.errors import ConfigurationError, StoreUnavailable, Unavailable
+from outbox.errors import ConfigurationError, OutboxError, StoreUnavailable, Unavailable
 from outbox.observe.schema import check_schema
 from outbox.relay.circuit import EVERYTHING
 from outbox.relay.flow import Counts, Flow, Limits
 from outbox.relay.leases import Leases
+from outbox.relay.parking import Due, due
+from outbox.relay.publishing import close
 from outbox.relay.schedule import move_due
 from outbox.store import Store
 from outbox.stores import open_store
+from outbox.stores.engine import from_environment
 from outbox.transport import Transport
 from outbox.transports import open_transport
 
@@ -30,6 +34,8 @@ log = logging.getLogger("outbox.relay")
 
 DUE = 0.25  # seconds between two looks at scheduled and parked messages
 SCHEDULED_AT_ONCE = 1000
+PATIENCE = 6.0  # seconds that a start waits for a database that is away, where someone waits for the start
+GOODBYE = 5.0  # seconds for giving the leases back
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,7 @@ class Relay:
         self._flow: Flow | None = None
         self._stop: asyncio.Event | None = None
         self._task: asyncio.Task[None] | None = None
+        self._looked = False  # at what is due, since the start
         self.started = asyncio.Event()
         """Set once this relay owns buckets and the broker has been reached."""
 
@@ -84,7 +91,8 @@ class Relay:
 
     def run(self) -> None:
         """Run until SIGTERM or SIGINT, then drain: finish what is in flight, hand over the leases, return. A second
-        signal stops at once. Raises `ConfigurationError` and `SchemaMismatch` at the start only."""
+        signal stops at once. Waits for a database or a broker that is away. Raises `ConfigurationError` and
+        `SchemaMismatch` at the start only."""
         asyncio.run(self._run_until_signalled())
 
     async def _run_until_signalled(self) -> None:
@@ -102,22 +110,24 @@ class Relay:
             await self.arun(stop)
 
     def drain(self) -> Drained:
-        """Send what is there now and return the counts; for cron and one-off jobs. Raises `Unavailable` if the broker
-        goes away meanwhile: what was not sent is still there."""
+        """Send what is there now and return the counts; for cron and one-off jobs. Raises `Unavailable` if the broker, or
+        one of the topics, goes away meanwhile, `StoreUnavailable` if the database cannot be reached: what was not sent is
+        still there."""
         return asyncio.run(self.adrain())
 
     async def adrain(self) -> Drained:
         """`drain`, for an event loop that is running already."""
         stop = asyncio.Event()
-        running = asyncio.create_task(self.arun(stop))
+        store, transport = await self._open(patience=PATIENCE)
+        running = asyncio.create_task(self._run(store, transport, stop))
         try:
             while not running.done():
                 flow = self._flow
-                if flow is not None and flow.idle.is_set():
+                if flow is not None and ((self._looked and flow.at_rest) or EVERYTHING in flow.circuits):
+                    if flow.circuits:
+                        broken = "; ".join(str(state["reason"]) for state in flow.circuits.state().values())
+                        raise Unavailable(f"stopped draining, the rest is still in the outbox: {broken}")
                     break
-                if flow is not None and EVERYTHING in flow.circuits:
-                    reason = flow.circuits.state()[EVERYTHING]["reason"]
-                    raise Unavailable(f"stopped draining, the rest is still in the outbox: {reason}")
                 await asyncio.wait([running], timeout=0.02)
         finally:
             stop.set()
@@ -126,11 +136,12 @@ class Relay:
         return Drained(counts.sent, counts.parked, counts.dead)
 
     async def __aenter__(self) -> Self:
-        """Run beside an application. Does not fail because a broker is away; `SchemaMismatch` and `ConfigurationError`
-        are raised. A relay that dies later is logged and never cancels the application."""
-        store = await self._open()
+        """Run beside an application. Does not fail because a broker is away; `SchemaMismatch`, `ConfigurationError` and,
+        after some seconds, `StoreUnavailable` are raised. A relay that dies later is logged and never cancels the
+        application."""
+        store, transport = await self._open(patience=PATIENCE)
         self._stop = asyncio.Event()
-        self._task = asyncio.create_task(self._run(store, self._stop), name="outbox-relay")
+        self._task = asyncio.create_task(self._run(store, transport, self._stop), name="outbox-relay")
         self._task.add_done_callback(_log_death)
         return self
 
@@ -143,118 +154,143 @@ class Relay:
 
     async def arun(self, stop: asyncio.Event) -> None:
         """Run until ``stop`` is set; then drain."""
-        await self._run(await self._open(), stop)
+        opening = asyncio.create_task(self._open())
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait([opening, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not opening.done():
+                return
+            store, transport = opening.result()
+        finally:
+            for task in (opening, stopping):
+                task.cancel()
+            await asyncio.gather(opening, stopping, return_exceptions=True)
+        await self._run(store, transport, stop)
 
     # ------------------------------------------------------------ the work
 
-    async def _open(self) -> Store:
-        """The store, with its tables checked. Waits for a database that is away; raises `SchemaMismatch`."""
+    async def _open(self, patience: float | None = None) -> tuple[Store, Transport]:
+        """The store, with its tables checked, and the transport, not connected yet. Waits for a database that is away, up
+        to ``patience`` seconds (None: for ever). Raises `SchemaMismatch`, `ConfigurationError` and `StoreUnavailable`."""
+        self.started.clear()
+        self._flow, self._looked = None, False
+        transport = self._open_transport()
         store = open_store(self._database, self.outbox.tables)
-        pause = 0.1
-        while True:
-            try:
-                await store.run(lambda connection: check_schema(connection, self.outbox.tables))
-                return store
-            except StoreUnavailable as error:
-                if self._task is None and pause > 5:
-                    await store.close()
-                    raise
-                log.error("waiting for the database: %s", error)
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, 10.0)
-            except BaseException:
-                await store.close()
-                raise
+        began, pause = asyncio.get_running_loop().time(), 0.1
+        try:
+            while True:
+                try:
+                    await store.run(lambda connection: check_schema(connection, self.outbox.tables))
+                    return store, transport
+                except StoreUnavailable as error:
+                    if patience is not None and asyncio.get_running_loop().time() - began > patience:
+                        raise
+                    log.error("waiting for the database: %s", error)
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 2, 10.0)
+        except BaseException:
+            await store.close()
+            raise
 
-    async def _run(self, store: Store, stop: asyncio.Event) -> None:
-        transport = open_transport(self._transport)
-        leases = Leases(store, self._lease)
-        flow = self._flow = Flow(store, transport, leases, self.limits)
-        # a flow of its own to stop, so that the leases are renewed until the last message is settled
+    def _open_transport(self) -> Transport:
+        transport = self._transport if self._transport is not None else from_environment("OUTBOX_TRANSPORT")
+        if transport is None:
+            raise ConfigurationError(
+                "no transport given: pass transport=… (a URL or a Transport) or --transport, or set OUTBOX_TRANSPORT "
+                "or OUTBOX_TRANSPORT_FILE"
+            )
+        return open_transport(transport)
+
+    async def _run(self, store: Store, transport: Transport, stop: asyncio.Event) -> None:
+        flow = self._flow = Flow(store, transport, Leases(store, self._lease), self.limits, self.started)
+        # a stop of its own for the flow, so that the leases are renewed until the last message is settled
         finishing = asyncio.Event()
-        beating = asyncio.create_task(self._keep(flow, stop))
-        flowing = asyncio.create_task(self._flow_when_owned(flow, finishing))
+        beside = [
+            asyncio.create_task(self._again(work))
+            for work in (lambda: self._beat(flow, stop), lambda: self._look_for_due(flow), lambda: self._watch(flow))
+        ]
+        flowing = asyncio.create_task(flow.run(finishing))
         stopping = asyncio.create_task(stop.wait())
         clean = False
         try:
-            await asyncio.wait([beating, flowing, stopping], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([flowing, stopping], return_when=asyncio.FIRST_COMPLETED)
             finishing.set()
-            flow.wake()
-            done, _ = await asyncio.wait([flowing], timeout=self._drain_timeout if stop.is_set() else 1.0)
-            clean = bool(done) and flowing.exception() is None
-            if not clean and stop.is_set():
+            await asyncio.wait([flowing], timeout=self._drain_timeout)
+            clean = flowing.done() and flowing.exception() is None
+            if not flowing.done():
                 log.error("stopped after %.0f s with messages in flight: they will be sent again", self._drain_timeout)
-            for task in (beating, flowing):
-                if task.done() and not task.cancelled():
-                    task.result()
+            else:
+                flowing.result()
         finally:
-            stopping.cancel()
-            beating.cancel()
-            flowing.cancel()
-            await asyncio.gather(beating, flowing, stopping, return_exceptions=True)
-            await transport.close(abort=not clean)
-            with contextlib.suppress(StoreUnavailable):  # then the leases expire by themselves
-                await leases.release(leave=True)
+            for task in (*beside, flowing, stopping):
+                task.cancel()
+            await asyncio.gather(*beside, flowing, stopping, return_exceptions=True)
+            await close(flow.transport, abort=not clean)
+            with contextlib.suppress(StoreUnavailable, TimeoutError):  # then the leases expire by themselves
+                await asyncio.wait_for(flow.leases.release(leave=True), GOODBYE)
             await store.close()
 
-    async def _flow_when_owned(self, flow: Flow, finishing: asyncio.Event) -> None:
-        await self._connect(flow, finishing)
-        await flow.run(finishing)
-
-    async def _connect(self, flow: Flow, finishing: asyncio.Event) -> None:
-        """Reach the broker, however long that takes. Raises `ConfigurationError`."""
-        while not finishing.is_set():
-            try:
-                await flow.transport.connect()
-            except Unavailable as error:
-                if flow.circuits.failed(EVERYTHING, str(error)):
-                    log.error("the broker is unavailable, trying again: %s", error)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(finishing.wait(), max(0.05, flow.circuits.wait(EVERYTHING)))
-            else:
-                flow.circuits.succeeded(EVERYTHING)
-                self.started.set()
-                return
-
-    async def _keep(self, flow: Flow, stop: asyncio.Event) -> None:
-        """Renew leases every third of their time; move and retry what is due."""
-        loop = asyncio.get_running_loop()
-        beat = 0.0
+    async def _again(self, work: Callable[[], Awaitable[float]]) -> None:
+        """Call ``work`` again and again; it returns how many seconds to pause. Whatever it raises is logged, and it is
+        called again: a relay does not die of what the next moment may mend, and one that cannot renew its leases sends
+        nothing."""
+        failures = 0
         while True:
             try:
-                if loop.time() >= beat:
-                    beat = loop.time() + self._lease / 3
-                    await self._beat(flow, take=not stop.is_set())
-                elif flow.leases.surplus and not flow.in_flight_of(flow.leases.surplus):
-                    await flow.leases.release(flow.leases.surplus)
-                tables = flow.store.tables
-                if await flow.store.run(lambda c: move_due(c, tables, SCHEDULED_AT_ONCE)):
-                    flow.wake()
-                await flow.retrying.try_due(flow.owned() if flow.leases.valid else [])
-            except StoreUnavailable as error:
-                log.error("cannot renew the leases: %s", error)
-                beat = 0.0
-                await asyncio.sleep(0.2)
-            if not flow.leases.valid and flow.leases.epochs:
-                # before another relay can own them: nothing that was handed over may be sent after that
-                flow.forget("the leases ran out")
-                flow.leases.epochs = {}
-                await flow.transport.close(abort=True)
-            await asyncio.sleep(min(DUE, self._lease / 6))
+                pause = await work()
+                failures = 0
+            except Exception as error:
+                failures += 1
+                pause = min(0.1 * 2**failures, 2.0, self._lease / 4)
+                foreseen = isinstance(error, OutboxError)
+                log.error("the relay has a problem, and tries again: %s", error, exc_info=None if foreseen else error)
+            await asyncio.sleep(pause)
 
-    async def _beat(self, flow: Flow, *, take: bool) -> None:
-        before = dict(flow.leases.epochs)
-        leases = flow.leases
-        await leases.renew(_state(flow), take=take)
-        lost = [bucket for bucket, epoch in before.items() if leases.epochs.get(bucket) != epoch]
-        gained = [bucket for bucket, epoch in leases.epochs.items() if before.get(bucket) != epoch]
-        if lost:
-            flow.forget(f"{len(lost)} buckets went to another relay")
-        if gained:
-            await flow.retrying.load(gained)
-            flow.store.rewind()
-            flow.wake()
+    async def _beat(self, flow: Flow, stop: asyncio.Event) -> float:
+        """Renew the leases every third of their time, more often while our share is not complete, and hand over what is
+        too much as soon as nothing of it is in flight."""
+        leases, before = flow.leases, flow.leases.epochs
+        await leases.renew(_state(flow), take=not stop.is_set())
+        if any(leases.epochs.get(bucket) != epoch for bucket, epoch in before.items()):
+            flow.forget("some buckets went to another relay")
+        if any(before.get(bucket) != epoch for bucket, epoch in leases.epochs.items()):
             log.info("owns %d of 64 buckets as %s", len(leases.epochs), leases.owner)
+            flow.wake()
+        hungry = len(leases.epochs) < leases.fair and not stop.is_set()
+        until = asyncio.get_running_loop().time() + (min(0.5, self._lease / 3) if hungry else self._lease / 3)
+        while (left := until - asyncio.get_running_loop().time()) > 0 and leases.valid:
+            if leases.surplus and not flow.in_flight_of(leases.surplus):
+                log.info("hands over %d buckets", len(leases.surplus))
+                await leases.release(leases.surplus)
+            await asyncio.sleep(min(left, 0.02 if leases.surplus else left))
+        return 0.0
+
+    async def _look_for_due(self, flow: Flow) -> float:
+        """Move and try what is due, in one transaction."""
+        tables = flow.store.tables
+        buckets, left_out, limit = flow.retrying.wanted()
+
+        def look(connection: sa.Connection) -> tuple[int, list[Due]]:
+            heads = due(connection, tables, buckets, left_out, limit) if buckets else []
+            return move_due(connection, tables, SCHEDULED_AT_ONCE), heads
+
+        moved, heads = await flow.store.run(look)
+        flow.retrying.try_due(heads)
+        if moved:
+            flow.idle.clear()
+            flow.wake()
+        elif buckets:
+            self._looked = True
+        return 0.0 if moved == SCHEDULED_AT_ONCE else DUE
+
+    async def _watch(self, flow: Flow) -> float:
+        """Let go of everything once the leases have run out, however the renewal hangs."""
+        leases = flow.leases
+        if leases.epochs and not leases.valid:
+            log.error("the leases ran out before they could be renewed; sending stops until they are")
+            leases.epochs = {}
+            await flow.abort(self._open_transport)
+        return max(0.01, min(leases.left, self._lease / 6))
 
 
 def _state(flow: Flow) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class Circuits:
         """Something was sent; returns whether the circuit had been open."""
         return self._open.pop(scope, None) is not None
 
-    def __bool__(self) -> bool:
-        return bool(self._open)
+    def __len__(self) -> int:
+        return len(self._open)
 
     def __contains__(self, scope: str) -> bool:
         return scope in self._open

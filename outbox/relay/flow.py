@@ -64,11 +64,18 @@ class Counts:
 class Flow:
     """One relay's stream of messages. `Relay` renews the leases and tells it what it owns."""
 
-    def __init__(self, store: Store, transport: Transport, leases: Leases, limits: Limits) -> None:
+    def __init__(
+        self,
+        store: Store,
+        transport: Transport,
+        leases: Leases,
+        limits: Limits,
+        started: asyncio.Event | None = None,
+    ) -> None:
         self.store, self.transport, self.leases, self.limits = store, transport, leases, limits
         self.counts = Counts()
         self.circuits = Circuits()
-        self.started = asyncio.Event()
+        self.started = started or asyncio.Event()
         """Set once there was something to read from and someone to send to."""
         self.idle = asyncio.Event()
         """Set while the table was found empty, topics that are unavailable left aside, and nothing is in flight."""
@@ -120,8 +127,8 @@ class Flow:
         for task in list(self._publishing):
             task.cancel()
         old, self.transport = self.transport, replace()
-        await self.retrying.cancel()
         await close(old, abort=True)
+        await self.retrying.cancel()
 
     def in_flight_of(self, buckets: Collection[int]) -> bool:
         return self.retrying.busy(buckets) or any(bucket in buckets for bucket in self._in_flight.values())
@@ -134,7 +141,13 @@ class Flow:
     @property
     def ready(self) -> bool:
         """Whether anything new may be sent now."""
-        return not self.finishing and self.connected and self.leases.valid and not self.circuits.wait(EVERYTHING) and not self._resting()
+        waits = self.circuits.wait(EVERYTHING) or self._resting()
+        return self.connected and self.leases.valid and not waits and not self.finishing
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether there is nothing to send now."""
+        return self.idle.is_set() and not self.retrying.trying
 
     def current(self, generation: int) -> bool:
         """Whether what was read in that generation may still be handed over."""
@@ -433,7 +446,9 @@ class Flow:
                 except Exception as error:
                     # never repeated: after a fail-over a position can be another message
                     unforeseen = None if isinstance(error, StoreUnavailable) else error
-                    log.error("cannot settle %d messages, they will be sent again: %s", len(rows), error, exc_info=unforeseen)
+                    log.error(
+                        "cannot settle %d messages, they will be sent again: %s", len(rows), error, exc_info=unforeseen
+                    )
                     self.forget("the database cannot be written")
                     self.rest("settle")
                     continue

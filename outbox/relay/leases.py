@@ -119,7 +119,9 @@ def _renew(
             sa.insert(relay).values(owner=owner, host=socket.gethostname()[:255], version=__version__, state=state)
         )
     # locked by bucket, as `fence` does: an UPDATE alone takes the rows as they lie, and two such orders can deadlock
-    connection.execute(sa.select(lease.c.bucket).where(lease.c.owner == owner).order_by(lease.c.bucket).with_for_update())
+    connection.execute(
+        sa.select(lease.c.bucket).where(lease.c.owner == owner).order_by(lease.c.bucket).with_for_update()
+    )
     connection.execute(sa.update(lease).where(lease.c.owner == owner).values(expires_at=clock(ttl)))
     connection.execute(sa.delete(relay).where(relay.c.heartbeat_at < clock(-10 * ttl), relay.c.owner != owner))
     beating = sa.select(sa.func.count()).select_from(relay).where(relay.c.heartbeat_at >= clock(-ttl))
@@ -150,4 +152,4 @@ def _owned(connection: sa.Connection, tables: Tables, owner: str) -> dict[int, i
     lease = tables.lease
     query = sa.select(lease.c.bucket, lease.c.epoch).where(lease.c.owner == owner).order_by(lease.c.bucket)
     rows = connection.execute(query)
-    return {bucket: epoch for bucket, epoch in rows}
+    return dict(rows.tuples().all())

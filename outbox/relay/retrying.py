@@ -68,6 +68,10 @@ class Retrying:
         self.unload()
         self._failing.clear()
 
+    @property
+    def trying(self) -> bool:
+        return bool(self._tries)
+
     def busy(self, buckets: Collection[int]) -> bool:
         """Whether a parked message of these is being tried."""
         return any(self._trying[bucket] for bucket in buckets)

@@ -45,13 +45,15 @@ class Runner:
         except (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError) as error:
             raise unavailable(self.engine, error) from error
 
-    async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+    async def _in_thread(
+        self, work: Callable[..., T], *arguments: Any, discard: Callable[[T], object] = lambda _: None
+    ) -> T:
         future = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             # The thread goes on all the same, and what is done next (giving the leases back) must not come before it.
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())
+            future.add_done_callback(lambda f: f.cancelled() or f.exception() or discard(f.result()))
             await asyncio.wait([future], timeout=GRACE)
             raise
 
@@ -67,14 +69,14 @@ class Runner:
 
         try:
             if isinstance(self.engine, sa.Engine):
-                connection = await self._in_thread(_borrow, self.engine)
+                connection = await self._in_thread(_borrow, self.engine, discard=_finish)
             elif self.engine.dialect.driver == "psycopg":
                 raw = await self.engine.raw_connection()
                 connection = raw.driver_connection  # type: ignore[assignment]
                 raw.detach()
                 await connection.rollback()
             else:  # asyncpg speaks another interface: the same server, through psycopg
-                connection = await self._in_thread(_borrow, self.engine.sync_engine)
+                connection = await self._in_thread(_borrow, self.engine.sync_engine, discard=_finish)
             await connection.set_autocommit(True)
             return connection
         except (sa.exc.DBAPIError, sa.exc.TimeoutError, psycopg.Error, OSError) as error:
@@ -104,6 +106,10 @@ def _borrow(engine: sa.Engine) -> psycopg.AsyncConnection[Any]:
     # the first is not taken for forgotten while the second works.
     connection._outbox_made_by = sync  # type: ignore[attr-defined]
     return connection
+
+
+def _finish(connection: psycopg.AsyncConnection[Any]) -> None:
+    connection.pgconn.finish()
 
 
 def _for_psycopg(url: sa.URL) -> sa.URL:
@@ -142,5 +148,5 @@ def unavailable(engine: sa.Engine | AsyncEngine, error: BaseException) -> StoreU
     if "readonly database" in what:
         hint = "; the file or its folder is not writable for this user"
     elif "database is locked" in what:
-        hint = "; another process has held SQLite's write lock longer than the busy timeout (another relay, a long transaction)"
+        hint = "; another process (a long transaction, another relay) held SQLite's write lock past the busy timeout"
     return StoreUnavailable(f"{engine.url.render_as_string(hide_password=True)}: {what}{hint}")

@@ -41,6 +41,7 @@ XMIN_AND_XID: Final = XMIN + ", pg_current_xact_id()::text::bigint"
 ZERO: Final = -(1 << 63)  # below every position, also below one that was written by hand
 LOOK: Final = 0.1  # seconds between two looks at the transactions
 SWEEP: Final = 15.0  # seconds between two reads from zero
+WAITING: Final = 600  # looks that a writing transaction may stay open before they are thinned out
 
 
 class Floor:
@@ -79,6 +80,8 @@ class Floor:
         while self._waiting and self._waiting[0][1] <= xmin:
             self._next = self._waiting.pop(0)[0]
         if xid is not None:
+            if len(self._waiting) >= WAITING:
+                self._waiting.pop()
             self._waiting.append((self._noted, xid))
         self._noted = self._highest
 
@@ -106,15 +109,15 @@ class _Line:
 
 
 class PostgresqlStore:
-    """`outbox.store.Store` for PostgreSQL. Two connections for the hot path (reading, settling), the rest through SQLAlchemy."""
+    """`outbox.store.Store` for PostgreSQL. Two connections for the hot path (reads, settles), the rest through SQLAlchemy."""
 
     dialect = "postgresql"
 
     def __init__(self, tables: Tables, engine: sa.Engine | AsyncEngine, *, ours: bool = False) -> None:
         self.tables = tables
         self._runner = Runner(engine, ours=ours)
-        name = postgresql.dialect().identifier_preparer.format_table(tables.message)
-        name = name.replace("%", "%%")
+        name = postgresql.dialect().identifier_preparer.format_table(tables.message)  # type: ignore[no-untyped-call]
+        name = str(name).replace("%", "%%")
         self._read_sql = READ.format(message=name)
         self._settle_sql = SETTLE.format(message=name)
         self._reader, self._settler = _Line(), _Line()
@@ -153,7 +156,7 @@ class PostgresqlStore:
                 assert row is not None
                 floor.look(row[0], row[1] if len(row) > 1 else None)
             sweep = now - self._swept >= SWEEP
-            start = parameters["start"] = ZERO if sweep else floor.position
+            parameters["start"] = ZERO if sweep else floor.position
             query: Any = self._read_sql.format(and_=and_)
             cursor = connection.cursor(binary=True)
             await cursor.execute(query, parameters, prepare=False if in_flight else None)
@@ -161,12 +164,12 @@ class PostgresqlStore:
         except BaseException as error:
             await self._lost(self._reader, error)
             raise
-        if sweep and floor is self._floor:
+        wrong = sweep and rows and rows[0][0] <= floor.position
+        floor.has_read(rows[-1][0] if rows else None, len(rows) == limit)
+        if wrong:
+            self.rewind()  # what else is below that floor comes with the next reads
+        elif sweep:
             self._swept = now
-            if rows and rows[0][0] <= floor.position:
-                self.rewind()  # the floor was wrong: what else is below it comes with the next reads
-        elif start == floor.position:
-            floor.has_read(rows[-1][0] if rows else None, len(rows) == limit)
         return list(map(Outgoing._make, rows))
 
     async def settle(self, positions: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from outbox._outbox import Outbox
     from outbox.testing._capture import Captured
-    from outbox.testing._drain import Drain
+    from outbox.testing._drain import Drained
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def outbox_capture() -> Iterator[Callable[[Outbox], Captured]]:
 
 
 @pytest.fixture
-def outbox_drain() -> Drain:
+def outbox_drain() -> Callable[..., Drained]:
     """`outbox.testing.drain`: deliver what the test's transaction holds to a consumer's handlers."""
     from outbox.testing import drain
 

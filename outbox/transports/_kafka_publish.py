@@ -93,7 +93,8 @@ class Publisher:
                     await self._hand_over(call)
                 await self._acknowledged(call)
         except TimeoutError:
-            late = Unavailable(f"kafka: not acknowledged within {self._settings.delivery_timeout:g} s")
+            what = "no answer from a broker" if call.producer is None else "not acknowledged"
+            late = Unavailable(f"kafka: {what} within {self._settings.delivery_timeout:g} s")
             if call.producer is not None:
                 call.producer.end(late)
             self._conclude(call, late)
@@ -250,9 +251,7 @@ class Publisher:
     def _conclude(self, call: _Call, error: OutboxError | None) -> None:
         """Decide on every message that was not sent. ``error``: why the producer, or the call, ended."""
         producer = call.producer
-        handed_over: set[int] = set()
         for batch in call.batches:
-            handed_over.update(batch.at)
             future = batch.future
             if future is not None and future.done() and not future.cancelled():
                 refused = future.exception()

@@ -175,14 +175,14 @@ async def test_async_and_sync_handlers_share_one_database_url(billing: Billing) 
     loops = set()
 
     @consumer.on("orders", type="async")
-    async def charge_async(event: dict[str, int], session: AsyncSession) -> Charged:
+    async def charge_async(event: dict[str, Any], session: AsyncSession) -> Charged:
         session.add(Charge(order_id=event["order_id"]))
         await session.flush()
         loops.add(asyncio.get_running_loop())
         return Charged(event["order_id"])
 
     @consumer.on("orders", type="sync")
-    def charge_sync(event: dict[str, int], session: Session) -> None:
+    def charge_sync(event: dict[str, Any], session: Session) -> None:
         session.add(Charge(order_id=event["order_id"]))
 
     async with running(consumer):
@@ -257,7 +257,7 @@ async def test_sessions_of_a_sessionmaker_need_no_database_besides(billing: Bill
 
     @consumer.on(OrderPlaced)
     def charge_with_mine(event: OrderPlaced, session: MySession) -> None:
-        seen.append(type(session))
+        seen.append(isinstance(session, MySession))
         if event.order_id == 2:
             raise ValueError("two")
         session.add(Charge(order_id=event.order_id))
@@ -265,7 +265,7 @@ async def test_sessions_of_a_sessionmaker_need_no_database_besides(billing: Bill
     async with running(consumer):
         await billing.publish(placed(1), placed(2))
         await until_finished(consumer, 2)
-    assert (billing.charges(), seen) == ([1], [MySession, MySession])
+    assert (billing.charges(), seen) == ([1], [True, True])
     assert len(billing.dead()) == 1
 
 
@@ -277,8 +277,10 @@ async def test_a_scoped_session_used_as_a_global_is_in_our_transaction(billing: 
     @contextmanager
     def app_context() -> Iterator[None]:
         entered.append("in")
-        yield
-        entered.append("out")
+        try:
+            yield
+        finally:
+            entered.append("out")
 
     consumer = billing.consumer(database=None, session=db_session, around=app_context)
     tries = 0

@@ -219,7 +219,7 @@ class Demo:
 
     # ------------------------------------------------------------ asking the databases
 
-    def _scalar(self, engine: sa.Engine, statement: sa.Select[tuple[int]]) -> int:
+    def _scalar(self, engine: sa.Engine, statement: sa.Select[Any]) -> int:
         with engine.connect() as connection:
             return connection.scalar(statement) or 0
 

@@ -36,7 +36,8 @@ class Effects:
 async def _records(transport_url: str, expected: int) -> Records:
     """Read the topic from its beginning, as a group that nobody else is in."""
     transport = open_transport(transport_url)
-    sent, ids, quiet = 0, set(), 0
+    sent, quiet = 0, 0
+    ids: set[bytes] = set()
     try:
         subscription = await transport.subscribe([TOPIC], f"count-{sent}-{id(ids)}", window=100_000)
         try:

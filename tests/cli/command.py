@@ -1,0 +1,53 @@
+"""The command `outbox` as people run it: a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PASSWORD = "hunter2-and-more"
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command said, and its exit status."""
+
+    status: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        assert self.status in (0, 1), self.err
+        return json.loads(self.out)
+
+
+def outbox(*arguments: str, folder: Path | None = None, **environment: str) -> Done:
+    """Run `outbox …` in ``folder``, with these environment variables and none of ours."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OUTBOX_", "PYTEST"))}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "outbox", *arguments],
+        cwd=folder,
+        env={**clean, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert PASSWORD not in done.stdout + done.stderr
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def refused(done: Done, status: int, *words: str) -> None:
+    """A command that said in one line what is wrong, and ended with that status."""
+    assert done.status == status, done
+    assert "Traceback" not in done.err
+    assert done.out == ""
+    line = done.err.strip().splitlines()[-1]
+    assert line.startswith("outbox "), done.err
+    for word in words:
+        assert word in line
