@@ -26,7 +26,7 @@ BATCH = 2000
 
 FILL = """
 insert into outbox_message (id, bucket, topic, key, type, payload, content_type, headers)
-select gen_random_uuid(), (g % {keys}) % 64, '{topic}', 'k' || (g % {keys}), 'order.placed',
+select gen_random_uuid(), mod(mod(g, {keys}), 64), '{topic}', 'k' || mod(g, {keys}), 'order.placed',
        convert_to(repeat('x', 300), 'UTF8'), 'application/json',
        '{{"traceparent":"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}}'
 from generate_series(1, {rows}) g

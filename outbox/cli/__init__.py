@@ -6,6 +6,7 @@ Exit status: 0 done; 1 the answer is no (a failed check); 2 wrong usage or confi
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,10 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "outbox") -> int
     for verb in VERBS:
         import_module(f"outbox.cli.{verb}").register(commands)
     options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        # a key that this terminal cannot show is shown escaped; not where something else has taken the stream's place
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status: int = options.do(options)
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What several verbs share: which outbox, which database, which broker, how to print."""
+"""What several verbs share: which outbox, which database, how to print."""
 
 from __future__ import annotations
 
@@ -25,10 +25,8 @@ from outbox._outbox import Outbox
 from outbox.errors import ConfigurationError, OutboxError, StoreUnavailable
 from outbox.observe.schema import check_schema
 from outbox.stores._run import unavailable
-from outbox.stores.engine import database_url, from_environment, is_engine, sync_engine_for
+from outbox.stores.engine import database_url, is_engine, sync_engine_for
 from outbox.tables import Tables
-from outbox.transport import Transport
-from outbox.transports import open_transport
 
 T = TypeVar("T")
 
@@ -97,17 +95,6 @@ def outbox_of(options: argparse.Namespace) -> Outbox:
     if not isinstance(found, Outbox):
         raise ConfigurationError(f"--app {options.app}: this is a {type(found).__name__}, not an Outbox")
     return found
-
-
-def transport_of(options: argparse.Namespace) -> Transport:
-    """The broker of ``--transport`` or ``OUTBOX_TRANSPORT``, not connected. Raises `ConfigurationError`."""
-    url = options.transport or from_environment("OUTBOX_TRANSPORT")
-    if url is None:
-        raise ConfigurationError(
-            "no transport given: pass --transport URL, or set OUTBOX_TRANSPORT or OUTBOX_TRANSPORT_FILE; "
-            "for example kafka://host:9092 or local:messages.db"
-        )
-    return open_transport(url)
 
 
 def ask(options: argparse.Namespace, question: Callable[[sa.Connection, Tables], T]) -> T:

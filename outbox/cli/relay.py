@@ -13,7 +13,6 @@ from outbox.cli._common import (
     positive,
     print_json,
     require_file,
-    transport_of,
 )
 from outbox.relay import Limits, Relay
 
@@ -37,12 +36,12 @@ def register(commands: Any) -> None:
 
 def do(options: argparse.Namespace) -> int:
     log_to_stderr(options.verbose)
-    outbox, transport = outbox_of(options), transport_of(options)
+    outbox = outbox_of(options)
     require_file(options.database)
     relay = Relay(
         outbox,
         database=options.database,
-        transport=transport,
+        transport=options.transport or None,
         lease=options.lease,
         drain_timeout=options.drain_timeout,
         limits=Limits(batch=options.batch, window=4 * options.batch, poll=options.poll),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from sqlalchemy.orm import Session, scoped_session
 
+from outbox._message import Message
 from outbox._outbox import Outbox
 from outbox.consumer import effect, handing
 from outbox.consumer.attempts import Attempts
@@ -233,7 +234,8 @@ class Consumer:
                 f"consumer {self.name!r}: no transport given: pass transport=… (a URL or a Transport) or --transport, or set "
                 "OUTBOX_TRANSPORT or OUTBOX_TRANSPORT_FILE"
             )
-        transactions = Transactions(self.name, self._database, self._session, self._around, self._concurrency)
+        inbox = self.outbox.tables.inbox
+        transactions = Transactions(self.name, inbox, self._database, self._session, self._around, self._concurrency)
         transactions.open(handlers)
         transport = open_transport(given)
         self.state = State(running=True)

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from outbox._message import Message, declaration
 from outbox._outbox import Outbox
+from outbox._transactions import connection_for
 from outbox.consumer.attempts import Attempts
 from outbox.consumer.binding import Handler
 from outbox.consumer.incoming import Incoming
@@ -45,10 +46,10 @@ class Effect:
         """Whether the message is to be handled. False: it is done, or a dead letter; what is left of it in ``attempt`` is
         deleted, so the caller commits all the same."""
         self._root = session.get_transaction()
-        connection = self.connection = session.connection()
+        connection = self.connection = connection_for(session, self.outbox.tables.inbox)
         if connection.dialect.name == "sqlite":
             _begin_at_savepoint(connection)
-            free = self._is_free(session)
+            free = self._is_free(connection)
         else:
             free = self._claim(session)
         if not free and self.incoming.has_attempt_row:
@@ -68,7 +69,7 @@ class Effect:
         messages = outgoing(result, self.handler.name)
         if messages:
             self.outbox.add_all(session, messages)
-        connection = session.connection()
+        connection = connection_for(session, self.outbox.tables.inbox)
         if connection.dialect.name == "sqlite":
             session.flush()
             if not self._claim(session):
@@ -81,17 +82,12 @@ class Effect:
         cycle = self.incoming.cycle if self.incoming.replay else 0
         return claim(self.outbox, session, self.attempts.consumer, self.incoming.message.id, cycle)
 
-    def _is_free(self, session: Session) -> bool:
+    def _is_free(self, connection: sa.Connection) -> bool:
         inbox = self.outbox.tables.inbox
-        row = (
-            session.connection()
-            .execute(
-                sa.select(inbox.c.outcome, inbox.c.cycle).where(
-                    inbox.c.consumer == self.attempts.consumer, inbox.c.message_id == self.incoming.message.id
-                )
-            )
-            .one_or_none()
+        query = sa.select(inbox.c.outcome, inbox.c.cycle).where(
+            inbox.c.consumer == self.attempts.consumer, inbox.c.message_id == self.incoming.message.id
         )
+        row = connection.execute(query).one_or_none()
         if self.incoming.replay:
             return row is not None and row.outcome == "dead" and row.cycle == self.incoming.cycle
         return row is None
@@ -100,7 +96,7 @@ class Effect:
 def claim(outbox: Outbox, session: Session, consumer: str, message_id: uuid.UUID, cycle: int = 0) -> bool:
     """`Outbox.claim` on the connection of the session's transaction."""
     # PostgreSQL's drivers forget how many rows an INSERT wrote unless SQLAlchemy is told to ask at once
-    session.connection().execution_options(preserve_rowcount=True)
+    connection_for(session, outbox.tables.inbox).execution_options(preserve_rowcount=True)
     return outbox.claim(session, consumer, message_id, cycle=cycle)
 
 

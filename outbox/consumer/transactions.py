@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from outbox._transactions import connection_for
 from outbox.consumer.binding import Handler
 from outbox.consumer.effect import DatabaseTrouble, Effect, guarded
 from outbox.consumer.threads import Threads
@@ -29,17 +30,20 @@ SPARE_THREADS: Final = 3  # for what is written beside the handlers: attempts, d
 
 
 class Transactions:
-    """``sessions`` is what the user gave as ``session=``, ``around`` what each transaction runs within."""
+    """``sessions`` is what the user gave as ``session=``, ``around`` what each transaction runs within; ``table`` is the one
+    of ours that a session with several databases is asked for."""
 
     def __init__(
         self,
         consumer: str,
+        table: sa.Table,
         database: Database | None,
         sessions: Any,
         around: Callable[[], Any] | None,
         concurrency: int,
     ) -> None:
         self._consumer = consumer
+        self._table = table
         self._database = database
         self._given = sessions
         self._around = around
@@ -140,13 +144,13 @@ class Transactions:
 
     def _run_in_session(self, work: Callable[[sa.Connection], T]) -> T:
         with self._within(), self._session() as session:
-            result = work(session.connection())
+            result = work(connection_for(session, self._table))
             session.commit()
             return result
 
     async def _run_in_async_session(self, work: Callable[[sa.Connection], T]) -> T:
         async with self._awithin(), self._asession() as session:
-            result = await session.run_sync(lambda sync: work(sync.connection()))
+            result = await session.run_sync(lambda sync: work(connection_for(sync, self._table)))
             await session.commit()
             return result
 

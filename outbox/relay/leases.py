@@ -152,4 +152,4 @@ def _owned(connection: sa.Connection, tables: Tables, owner: str) -> dict[int, i
     lease = tables.lease
     query = sa.select(lease.c.bucket, lease.c.epoch).where(lease.c.owner == owner).order_by(lease.c.bucket)
     rows = connection.execute(query)
-    return dict(rows.tuples().all())
+    return {bucket: epoch for bucket, epoch in rows}  # noqa: C416  # dict() of rows: SQLAlchemy 2.0 and 2.1 type them differently

@@ -149,4 +149,5 @@ def unavailable(engine: sa.Engine | AsyncEngine, error: BaseException) -> StoreU
         hint = "; the file or its folder is not writable for this user"
     elif "database is locked" in what:
         hint = "; another process (a long transaction, another relay) held SQLite's write lock past the busy timeout"
-    return StoreUnavailable(f"{engine.url.render_as_string(hide_password=True)}: {what}{hint}")
+    # without its query, which may hold a password too
+    return StoreUnavailable(f"{engine.url.set(query={}).render_as_string(hide_password=True)}: {what}{hint}")

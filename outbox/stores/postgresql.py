@@ -145,12 +145,11 @@ class PostgresqlStore:
             and_ += WITHOUT_TOPICS
             parameters["without_topics"] = list(without_topics)
         if self._scope.grows(buckets, without_topics):
-            self.rewind()
+            self.rewind()  # of what was left out until now, the floor knows nothing
         try:
             connection = await self._connection(self._reader)
             floor, now = self._floor, time.monotonic()
-            # a topic that is left out has rows that nobody has read: the floor must not pass them
-            if not without_topics and now - self._looked >= LOOK and not floor.at_rest:
+            if now - self._looked >= LOOK and not floor.at_rest:
                 self._looked = now
                 row = await (await connection.execute(XMIN_AND_XID if floor.wants_id else XMIN)).fetchone()
                 assert row is not None

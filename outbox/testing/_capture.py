@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -83,7 +83,7 @@ def capture(outbox: Outbox) -> Iterator[Captured]:
     captured = Captured(outbox)
     watch = _Watch(outbox, captured._entries)
     staging.inserted.append(watch.inserted)
-    listeners = [
+    listeners: list[tuple[str, Callable[..., None]]] = [
         ("after_execute", watch.executed),
         ("commit", watch.committed),
         ("rollback", watch.rolled_back),

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session, scoped_session
 from outbox import encoding, staging
 from outbox._message import Message
 from outbox._outbox import Outbox
+from outbox._transactions import connection_for
 from outbox.consumer import Consumer
 
 PAGE = 500  # rows
@@ -71,7 +72,7 @@ def drain(outbox: Any, session: Any, *, to: Consumer) -> Drained:
 def _after(outbox: Outbox, session: Session, position: int) -> list[Any]:
     message = outbox.tables.message
     query = sa.select(message).where(message.c.position > position).order_by(message.c.position).limit(PAGE)
-    return list(session.connection().execute(query).all())
+    return list(connection_for(session, message).execute(query).all())
 
 
 def _message(row: Any) -> Message:

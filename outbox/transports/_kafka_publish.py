@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -49,9 +49,23 @@ class _Batch:
     topic: str
     partition: int
     builder: Any
+    append: Callable[..., Any]
     most: int
+    """Records."""
     at: list[int] = field(default_factory=list)
     future: asyncio.Future[Any] | None = None
+
+
+class _Filling:
+    """The record batches of one topic that are being filled, by partition."""
+
+    __slots__ = ("batches", "fact", "large")
+
+    def __init__(self, fact: TopicFacts) -> None:
+        self.fact = fact
+        self.batches: list[_Batch | None] = [None] * fact.partitions
+        # Payload or headers beyond this: only then the size is looked at. Keys and the rest are small.
+        self.large = fact.max_bytes // 4
 
 
 @dataclass(slots=True)
@@ -189,53 +203,55 @@ class Publisher:
         """Messages into record batches. This loop is most of what publishing costs."""
         now = int(time.time() * 1000)
         hashes = self._hashes
-        filling: dict[tuple[str, int], _Batch] = {}
+        filling = {topic: _Filling(fact) for topic, fact in facts.items()}
         full: list[_Batch] = []
         for at, message in enumerate(call.messages):
             _, _, topic, key, _, payload, _, text, _ = message
-            fact = facts.get(topic)
-            if fact is None:
+            target = filling.get(topic)
+            if target is None:
                 continue
             if key is None:
                 self._keyless += 1
-                place = topic, self._keyless // KEYLESS_RUN % fact.partitions
-                key_bytes = None
+                partition, key_bytes = self._keyless // KEYLESS_RUN % target.fact.partitions, None
             else:
-                place = topic, hashes[key] % fact.partitions
-                key_bytes = key.encode()
+                partition, key_bytes = hashes[key] % target.fact.partitions, key.encode()
             try:
                 found = headers(message)
             except DecodingError as error:
                 call.outcomes[at] = Outcome.reject(str(error), error)
                 continue
-            batch = filling.get(place)
-            large = fact.max_bytes // 4
+            batch = target.batches[partition]
+            large = target.large
             if (payload is not None and len(payload) > large) or (text is not None and len(text) > large):
-                alone = self._new(producer, place, fact)
-                alone.builder.append(timestamp=now, key=key_bytes, value=payload, headers=found)
-                if fact.certain and (size := alone.builder.size()) > fact.max_bytes:
-                    call.outcomes[at] = _too_large(message, f"has {size} bytes, and the topic allows {fact.max_bytes}")
+                alone = self._new(producer, topic, partition, target.fact)
+                alone.append(timestamp=now, key=key_bytes, value=payload, headers=found)
+                size = alone.builder.size()
+                if target.fact.certain and size > target.fact.max_bytes:
+                    call.outcomes[at] = _too_large(
+                        message, f"has {size} bytes, and the topic allows {target.fact.max_bytes}"
+                    )
                     continue
-                if batch is not None:
-                    full.append(batch)
-                alone.at.append(at)
-                filling[place] = alone
+            elif (
+                batch is not None
+                and len(batch.at) < batch.most
+                and batch.append(timestamp=now, key=key_bytes, value=payload, headers=found) is not None
+            ):
+                batch.at.append(at)
                 continue
-            if batch is None or len(batch.at) >= batch.most:
-                if batch is not None:
-                    full.append(batch)
-                batch = filling[place] = self._new(producer, place, fact)
-            if batch.builder.append(timestamp=now, key=key_bytes, value=payload, headers=found) is None:
+            else:
+                alone = self._new(producer, topic, partition, target.fact)
+                alone.append(timestamp=now, key=key_bytes, value=payload, headers=found)
+            if batch is not None:
                 full.append(batch)
-                batch = filling[place] = self._new(producer, place, fact)
-                batch.builder.append(timestamp=now, key=key_bytes, value=payload, headers=found)
-            batch.at.append(at)
-        call.batches = _firsts_first([*full, *filling.values()])
+            alone.at.append(at)
+            target.batches[partition] = alone
+        open_ones = [batch for target in filling.values() for batch in target.batches if batch is not None]
+        call.batches = _firsts_first([*full, *open_ones])
 
-    def _new(self, producer: Producer, place: tuple[str, int], fact: TopicFacts) -> _Batch:
-        topic, partition = place
+    def _new(self, producer: Producer, topic: str, partition: int, fact: TopicFacts) -> _Batch:
         capacity = min(fact.max_bytes, self._capacity.get(topic, BATCH_BYTES), BATCH_BYTES)
-        return _Batch(topic, partition, producer.batch(capacity), self._most.get(place, 1 << 30))
+        builder = producer.batch(capacity)
+        return _Batch(topic, partition, builder, builder.append, self._most.get((topic, partition), 1 << 30))
 
     # ---- what became of it
 

@@ -82,9 +82,14 @@ class LogSubscription:
         self.closed = False
 
     async def join(self) -> None:
-        """Become a member; what it owns is known when this returns."""
+        """Become a member; what it owns is known when this returns. Raises `Unavailable`, also for a topic that does not
+        exist."""
         try:
             await self._log.run(self._log.open)
+            known = await self._log.run(self._log.topics, self._topics, self._create)
+            for topic in self._topics:
+                if topic not in known:
+                    raise Unavailable(f"topic {topic!r} does not exist; declare it first")
             await self._log.run(
                 self._log.with_group, self._group, lambda group, now: group.join(self._name, self._member, now)
             )

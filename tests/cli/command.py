@@ -48,6 +48,6 @@ def refused(done: Done, status: int, *words: str) -> None:
     assert "Traceback" not in done.err
     assert done.out == ""
     line = done.err.strip().splitlines()[-1]
-    assert line.startswith("outbox "), done.err
+    assert line.startswith(("outbox ", "outbox: ")), done.err
     for word in words:
         assert word in line

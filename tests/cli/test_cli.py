@@ -98,7 +98,7 @@ def test_an_app_that_cannot_be_had_is_named(folder: Path, verb: str, app: str, w
 
 
 def test_an_app_and_a_schema_contradict_each_other(folder: Path) -> None:
-    done = run("status", "--app", "shop:outbox", "--prefix", "x_", "--database", "sqlite:///shop.db", folder=folder)
+    done = run("status", "--app", "shop:outbox", "--prefix", "x_", folder=folder)
     refused(done, 2, "--schema and --prefix say nothing beside --app")
 
 
@@ -151,6 +151,21 @@ def test_a_server_that_cannot_be_reached_is_named(verb: str, query: str) -> None
     address = f"127.0.0.1:{free_port()}"
     done = run(verb, "--database", f"postgresql://app:{PASSWORD}@{address}/shop{query}")
     refused(done, 3, address, "Connection refused")
+
+
+def test_the_relay_waits_for_a_database_that_is_away_and_says_so_until_it_is_told_to_stop() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    words = ["relay", "--transport", "memory://x", "--database", f"postgresql://app:{PASSWORD}@{address}/shop"]
+    relay = subprocess.Popen([sys.executable, "-m", "outbox", *words], stderr=subprocess.PIPE, text=True)
+    assert relay.stderr is not None
+    said = relay.stderr.readline() + relay.stderr.readline()
+    relay.terminate()
+    said += relay.communicate(timeout=30)[1]
+    assert relay.returncode == 0
+    assert said.count("waiting for the database") >= 2
+    assert f"app:***@{address}/shop: connection failed" in said
+    assert PASSWORD not in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -260,7 +275,7 @@ def test_tables_in_another_schema_are_found_and_named(postgres: Shop) -> None:
     assert run("status", "--schema", "app", "--prefix", "shop_", "--database", postgres.url).status == 0
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", ["status", "trace", "migrate", "relay"])
 def test_tables_of_a_newer_version_are_left_alone(verb: str, shop: Shop) -> None:
     shop.execute("update outbox_checkpoint set value = '9' where name = 'schema_version'")
     refused(run(verb, "--database", shop.url), 2, "have version 9, made by a newer pyoutbox", "pip install -U pyoutbox")

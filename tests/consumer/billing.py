@@ -19,7 +19,8 @@ from outbox._message import Outgoing, bucket_of, new_id
 from outbox.backoff import Backoff
 from outbox.consumer import Consumer, Retries
 from outbox.dead_letters import DeadLetter, DeadLetters
-from outbox.stores.engine import engine_for
+from outbox.stores.engine import sync_engine_for
+from outbox.tables import clock
 from outbox.transport import Transport
 from outbox.transports import open_transport
 
@@ -63,8 +64,7 @@ class Billing:
     def __init__(self, url: str, transport: str) -> None:
         self.url = url
         self.transport_url = transport
-        self.engine = engine_for(url)
-        assert isinstance(self.engine, sa.Engine)
+        self.engine = sync_engine_for(url)
         Base.metadata.create_all(self.engine)
         self.tables = outbox.tables
         self.letters = DeadLetters(outbox, database=self.engine)
@@ -101,9 +101,14 @@ class Billing:
     def dead(self, **wanted: Any) -> list[DeadLetter]:
         return self.letters.find(state="any", limit=10_000, **wanted)
 
+    def expire_replay_leases(self) -> None:
+        """As if the time had passed after which another process takes a dead one's replays."""
+        attempt = self.tables.attempt
+        with self.engine.begin() as connection:
+            connection.execute(sa.update(attempt).where(attempt.c.state == "replay").values(next_attempt_at=clock()))
+
     def close(self) -> None:
         self.letters.close()
-        assert isinstance(self.engine, sa.Engine)
         self.engine.dispose()
 
 

@@ -31,7 +31,9 @@ class Database:
         self.outbox.metadata.create_all(self.engine)
         return self
 
-    def add(self, *keys: str | None, topic: str = "orders", connection: sa.Connection | None = None, **columns: Any) -> list[str]:
+    def add(
+        self, *keys: str | None, topic: str = "orders", connection: sa.Connection | None = None, **columns: Any
+    ) -> list[str]:
         """One message a key, in this order, in one transaction (or in that of ``connection``); returns their ids."""
         if connection is None:
             with self.engine.begin() as connection:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -54,12 +52,12 @@ def test_a_connection_with_the_autocommit_option_refuses(shop: Shop) -> None:
     assert shop.holds()
 
 
-def test_an_engine_created_for_autocommit_refuses(postgresql_shop: Shop, postgresql_url: str) -> None:
-    _refuses(postgresql_engine(postgresql_url, isolation_level="AUTOCOMMIT"), postgresql_shop)
+def test_an_engine_created_for_autocommit_refuses(postgresql_shop: Shop) -> None:
+    _refuses(postgresql_engine(postgresql_shop.engine.url, isolation_level="AUTOCOMMIT"), postgresql_shop)
 
 
-def test_an_engine_whose_driver_is_told_to_autocommit_refuses(postgresql_shop: Shop, postgresql_url: str) -> None:
-    engine = postgresql_engine(postgresql_url, connect_args={"autocommit": True})
+def test_an_engine_whose_driver_is_told_to_autocommit_refuses(postgresql_shop: Shop) -> None:
+    engine = postgresql_engine(postgresql_shop.engine.url, connect_args={"autocommit": True})
     with Session(engine) as session:
         session.connection()
         with refused:
@@ -76,9 +74,9 @@ def test_a_sqlite_engine_created_for_autocommit_refuses(two_shops: tuple[Shop, S
 
 
 def test_a_connection_of_an_autocommit_engine_with_another_level_takes_messages(
-    postgresql_shop: Shop, postgresql_url: str
+    postgresql_shop: Shop,
 ) -> None:
-    engine = postgresql_engine(postgresql_url, isolation_level="AUTOCOMMIT")
+    engine = postgresql_engine(postgresql_shop.engine.url, isolation_level="AUTOCOMMIT")
     with Session(engine) as session:
         session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
         place(session, "a")
@@ -87,7 +85,7 @@ def test_a_connection_of_an_autocommit_engine_with_another_level_takes_messages(
     assert postgresql_shop.holds("a")
 
 
-def test_a_claim_is_refused_too(shop: Shop, tmp_path: Path) -> None:
+def test_a_claim_is_refused_too(shop: Shop) -> None:
     engine = shop.engine.execution_options(isolation_level="AUTOCOMMIT")
     with engine.connect() as connection, refused:
         outbox.claim(connection, "billing", "id")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from outbox import TransactionError
+from tests.services import PostgresqlServer
 from tests.staging.conftest import postgresql_engine
-from tests.staging.shop import Base, Order, Shop, outbox, place, tell
+from tests.staging.shop import Order, Shop, outbox, place, tell
 
 Shops = tuple[Shop, Shop]
 
@@ -171,13 +173,12 @@ def test_a_session_that_cannot_tell_the_database_of_a_message_alone_refuses(two_
         tell(session, "a")
         with pytest.raises(TransactionError, match="cannot tell which database"):
             session.commit()
-    with (
-        pytest.raises(TransactionError, match="were not inserted"),
-        Session(binds={Order: first.engine}) as session,
-        session.begin(),
-    ):
+    with Session(binds={Order: first.engine}) as session:
+        transaction = session.begin()
         session.begin_nested()
         tell(session, "a")
+        with pytest.raises(TransactionError, match="were not inserted"):
+            transaction.commit()
     assert first.holds()
     assert second.holds()
 
@@ -240,10 +241,9 @@ def test_the_message_that_waited_for_its_database_keeps_its_place(two_shops: Sho
 
 
 @pytest.fixture
-def twophase_shops(postgresql_shop: Shop, postgresql: Any) -> Any:
-    url = postgresql.create_database()
+def twophase_shops(postgresql_shop: Shop, postgresql: PostgresqlServer, empty_shop: str) -> Iterator[Shops]:
+    url = postgresql.create_database(empty_shop)
     engine = postgresql_engine(url)
-    Base.metadata.create_all(engine)
     for shop_engine in (engine, postgresql_shop.engine):
         StockBase.metadata.create_all(shop_engine)
     yield postgresql_shop, Shop(engine)
