@@ -200,6 +200,7 @@ class Consumer:
             with contextlib.suppress(DatabaseTrouble):  # waited for in the background
                 await transactions.run(self._check_schema)
         except BaseException:
+            self.state.running = False
             await _close(transactions, transport, owned)
             raise
         self._stop = asyncio.Event()

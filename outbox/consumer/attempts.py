@@ -165,7 +165,7 @@ class Attempts:
             ).scalar_one_or_none()
             return outcome is not None
         result = connection.execute(
-            insert_if_absent(inbox, connection.dialect.name).execution_options(preserve_rowcount=True),
+            insert_if_absent(inbox, connection.dialect.name),
             {"consumer": self.consumer, "message_id": id, "outcome": "dead", "cycle": incoming.cycle},
         )
         return result.rowcount == 1

@@ -8,7 +8,6 @@ last**: written first it would hold the only write lock while the handler works.
 
 from __future__ import annotations
 
-import uuid
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -80,7 +79,7 @@ class Effect:
 
     def _claim(self, session: Session) -> bool:
         cycle = self.incoming.cycle if self.incoming.replay else 0
-        return claim(self.outbox, session, self.attempts.consumer, self.incoming.message.id, cycle)
+        return self.outbox.claim(session, self.attempts.consumer, self.incoming.message.id, cycle=cycle)
 
     def _is_free(self, connection: sa.Connection) -> bool:
         inbox = self.outbox.tables.inbox
@@ -91,13 +90,6 @@ class Effect:
         if self.incoming.replay:
             return row is not None and row.outcome == "dead" and row.cycle == self.incoming.cycle
         return row is None
-
-
-def claim(outbox: Outbox, session: Session, consumer: str, message_id: uuid.UUID, cycle: int = 0) -> bool:
-    """`Outbox.claim` on the connection of the session's transaction."""
-    # PostgreSQL's drivers forget how many rows an INSERT wrote unless SQLAlchemy is told to ask at once
-    connection_for(session, outbox.tables.inbox).execution_options(preserve_rowcount=True)
-    return outbox.claim(session, consumer, message_id, cycle=cycle)
 
 
 def outgoing(result: Any, handler: str) -> list[object]:

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session, scoped_session
 
 from outbox._message import Message, declaration
 from outbox._outbox import Outbox
-from outbox.consumer.effect import claim, outgoing
+from outbox.consumer.effect import outgoing
 from outbox.consumer.handlers import Handlers
 from outbox.errors import ConfigurationError, TransactionError
 
@@ -25,7 +25,7 @@ def handle(outbox: Outbox, consumer: str, handlers: Handlers, first: object, sec
             f"{list(handlers.topics)}"
         )
     payload = handler.decode(message, outbox.codec)
-    if not claim(outbox, session, consumer, message.id):
+    if not outbox.claim(session, consumer, message.id):
         return False
     if not handler.is_async:
         result = handler.call(payload, message, session, handlers.provide)

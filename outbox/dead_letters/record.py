@@ -122,9 +122,7 @@ def record(
 def write(connection: sa.Connection, tables: Tables, row: dict[str, Any]) -> bool:
     """Write one `record` in the transaction of ``connection``. False: there is one of that consumer, message and cycle
     already, and nothing was changed. Asked by conflict clause, so a repeated transaction does not write it twice."""
-    statement = insert_if_absent(tables.dead_letter, connection.dialect.name)
-    # PostgreSQL's drivers forget how many rows an INSERT wrote unless SQLAlchemy is told to ask at once
-    result = connection.execute(statement.execution_options(preserve_rowcount=True), row)
+    result = connection.execute(insert_if_absent(tables.dead_letter, connection.dialect.name), row)
     return result.rowcount == 1
 
 

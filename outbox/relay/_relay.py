@@ -51,8 +51,8 @@ class Relay:
     """Sends what is in the outbox to a broker, in order per (topic, key), and removes what the broker acknowledged.
 
     ``database``: URL, `sqlalchemy.URL`, `Engine` or `AsyncEngine`; None takes it from ``OUTBOX_DATABASE``.
-    ``transport``: URL or `Transport`; None takes it from ``OUTBOX_TRANSPORT``. ``lease``: seconds after which a dead
-    relay's share is taken over. ``drain_timeout``: seconds that a stop may take before what is in flight is left to be
+    ``transport``: URL or `Transport` (which is the relay's from then on: it closes it); None takes it from
+    ``OUTBOX_TRANSPORT``. ``lease``: seconds after which a dead relay's share is taken over. ``drain_timeout``: seconds that a stop may take before what is in flight is left to be
     sent again. Other limits: `Limits`.
 
     Several relays on one outbox share the buckets evenly. A message is removed only after the broker's acknowledgement:
@@ -86,6 +86,12 @@ class Relay:
     def counts(self) -> Counts:
         """Messages sent, parked and given up since the start."""
         return self._flow.counts if self._flow is not None else Counts()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the relay that runs beside an application (``async with relay``); None while it runs."""
+        task = self._task
+        return task.exception() if task is not None and task.done() and not task.cancelled() else None
 
     # ------------------------------------------------------------ ways to run
 

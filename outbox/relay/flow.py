@@ -121,13 +121,14 @@ class Flow:
 
     async def abort(self, replace: Callable[[], Transport]) -> None:
         """Our buckets can be someone else's from now on: what was handed over must not be sent any more. Goes on with
-        what ``replace`` returns."""
+        what ``replace`` returns; where that is the same transport, it stays open, since a closed one is so for good."""
         self.forget("the leases ran out")
         self.connected = False
         for task in list(self._publishing):
             task.cancel()
         old, self.transport = self.transport, replace()
-        await close(old, abort=True)
+        if old is not self.transport:
+            await close(old, abort=True)
         await self.retrying.cancel()
 
     def in_flight_of(self, buckets: Collection[int]) -> bool:

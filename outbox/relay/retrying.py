@@ -37,7 +37,8 @@ class Retrying:
         # Keys of which a message failed that is not parked yet, or that may have successors in flight: the publish calls
         # that were under way then. What is parked of a key must have no predecessor that is not parked, also after a crash.
         self._failing: dict[ParkedKey, list[asyncio.Task[None]]] = {}
-        self._tries: dict[int, asyncio.Task[None]] = {}  # position of a head to what tries it
+        self._tries: dict[ParkedKey | int, asyncio.Task[None]] = {}  # key, or position without one, to what tries it
+        self._tried: set[ParkedKey | int] = set()  # what ended since the last look for what is due began
         self._trying: Counter[int] = Counter()  # buckets of those
         # Parking a successor and releasing its key exclude each other: else the key could be released in between, and the
         # successor would wait behind nothing.
@@ -170,6 +171,7 @@ class Retrying:
     def wanted(self) -> tuple[list[int], list[str], int]:
         """What `parking.due` should look for: buckets, topics to leave out, how many heads. No buckets: nothing now."""
         flow = self.flow
+        self._tried.clear()
         room = HEADS_AT_ONCE - len(self._tries)
         if not flow.ready or room <= 0:
             return [], [], 0
@@ -178,15 +180,17 @@ class Retrying:
         return flow.owned(), flow.circuits.topics_left_out(), room + len(self._tries)
 
     def try_due(self, heads: Sequence[Due]) -> None:
-        """Begin to try each of these that is not being tried already."""
+        """Begin to try each of these. Not those that are being tried, or were since they were looked for."""
         for head in heads:
-            if head.row.position not in self._tries and len(self._tries) < HEADS_AT_ONCE:
+            name = _name(head.row)
+            if name not in self._tries and name not in self._tried and len(self._tries) < HEADS_AT_ONCE:
                 self._trying[head.row.bucket] += 1
-                task = self._tries[head.row.position] = asyncio.create_task(self._try(head))
-                task.add_done_callback(lambda _, row=head.row: self._tried(row))  # type: ignore[misc]
+                task = self._tries[name] = asyncio.create_task(self._try(head))
+                task.add_done_callback(lambda _, row=head.row: self._ended(row))  # type: ignore[misc]
 
-    def _tried(self, row: Outgoing) -> None:
-        self._tries.pop(row.position, None)
+    def _ended(self, row: Outgoing) -> None:
+        self._tried.add(_name(row))
+        self._tries.pop(_name(row), None)
         self._trying[row.bucket] -= 1
         self.flow.progress()
 
@@ -275,3 +279,7 @@ class Retrying:
         delay = flow.limits.backoff.delay(attempts + 1)
         await flow.store.run(lambda c: parking.failed_again(c, tables, fence, row, outcome.reason, delay))
         return True
+
+
+def _name(row: Outgoing) -> ParkedKey | int:
+    return key_of(row) or row.position

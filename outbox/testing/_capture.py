@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.sql.elements import SavepointClause
 
 from outbox import encoding, staging
 from outbox._message import Message, declaration
@@ -21,7 +22,7 @@ T = TypeVar("T")
 
 class Captured:
     """The messages that were inserted since, in that order, without those that were rolled back. What is staged in a
-    transaction that has not committed is not among them: `Outbox.staged` shows that."""
+    session that has not committed is not among them: `Outbox.staged` shows that."""
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
@@ -87,7 +88,6 @@ def capture(outbox: Outbox) -> Iterator[Captured]:
         ("after_execute", watch.executed),
         ("commit", watch.committed),
         ("rollback", watch.rolled_back),
-        ("savepoint", watch.savepoint),
         ("rollback_savepoint", watch.savepoint_rolled_back),
     ]
     for name, listener in listeners:
@@ -111,9 +111,13 @@ class _Watch:
         self._savepoints: weakref.WeakKeyDictionary[sa.Connection, dict[str, set[_Entry]]] = weakref.WeakKeyDictionary()
 
     def executed(self, connection: sa.Connection, statement: Any, *rest: Any) -> None:
-        # the insert is followed at once, in the same thread, by `inserted`
-        if isinstance(statement, sa.Insert) and statement.table in self._tables:
-            self._inserting.connection = connection
+        if isinstance(statement, sa.Insert):
+            if statement.table in self._tables:
+                # followed at once, in the same thread, by `inserted`
+                self._inserting.connection = connection
+        elif isinstance(statement, SavepointClause):
+            # the event of that name comes before the savepoint has one
+            self._savepoints.setdefault(connection, {})[statement.ident] = set(self._entries)
 
     def inserted(self, rows: list[Row]) -> None:
         connection = getattr(self._inserting, "connection", None)
@@ -127,9 +131,6 @@ class _Watch:
 
     def rolled_back(self, connection: sa.Connection) -> None:
         self._entries[:] = [entry for entry in self._entries if entry.connection is not connection]
-
-    def savepoint(self, connection: sa.Connection, name: str) -> None:
-        self._savepoints.setdefault(connection, {})[name] = set(self._entries)
 
     def savepoint_rolled_back(self, connection: sa.Connection, name: str, context: None) -> None:
         before = self._savepoints.get(connection, {}).get(name, set())

@@ -68,9 +68,13 @@ async def diagnose(settings: Settings) -> None:
 
 def _reason(error: BaseException, settings: Settings) -> str:
     cause = error.__cause__ or error
-    if isinstance(cause, TimeoutError | asyncio.TimeoutError):
+    if isinstance(cause, TimeoutError):
         return f"no answer within {settings.request_timeout:g} s"
-    if isinstance(cause, EOFError):
+    if isinstance(cause, ConnectionRefusedError):
+        return "connection refused, nothing listens there"
+    if isinstance(cause, socket.gaierror):
+        return "there is no such host"
+    if isinstance(cause, EOFError | ConnectionResetError):
         wanted = "TLS" if settings.ssl_context is None else "no TLS"
         return f"the broker hangs up at once (does that port want {wanted}, or SASL?)"
     return str(cause) or type(cause).__name__

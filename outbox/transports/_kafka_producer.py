@@ -15,17 +15,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Collection, Coroutine
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from aiokafka import AIOKafkaProducer, errors
 from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.producer.sender import SendProduceReqHandler
+from aiokafka.protocol.produce import ProduceRequest_v8
 from aiokafka.structs import TopicPartition
 
 from outbox.errors import Unavailable
 from outbox.transports._kafka_client import cancel, ended, hang_up
 from outbox.transports._kafka_settings import Settings
+
+T = TypeVar("T")
 
 INVALID_RECORD: Final = 87
 
@@ -33,13 +37,19 @@ MISSING: Final = 2.0
 """Seconds until a topic that the broker does not know any more is taken for deleted; leaders change in less."""
 
 
+class TopicGone(Unavailable):
+    def __init__(self, topic: str) -> None:
+        super().__init__(f"kafka: topic {topic!r} does not exist any more")
+        self.topic = topic
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """What the broker said of a batch that it did not take."""
 
     code: int
-    records: tuple[int, ...]
-    """Which of its records are at fault, where the broker says so."""
+    records: dict[int, str]
+    """Which of its records are at fault, and why, where the broker says so."""
     text: str
 
 
@@ -65,7 +75,7 @@ class Producer:
         self.denied: set[str] = set()
         """Topics that we may not write to. Their sequence numbers have holes, so it takes a new producer to try again."""
         self.refusals: dict[tuple[str, int], Refusal] = {}
-        self._missing_since: dict[TopicPartition, float] = {}
+        self._missing_since: dict[str, float] = {}
 
     @property
     def client(self) -> Any:
@@ -76,13 +86,23 @@ class Producer:
         try:
             # aiokafka asks for a producer id until it gets one.
             async with asyncio.timeout(self._settings.delivery_timeout):
-                await self._aio.start()
-            if self.broken.done():
-                raise self.broken.result()
+                await self.unless_broken(self._aio.start())
         except BaseException as error:
             self.end(error)
             await self.ended()
             raise
+
+    async def unless_broken(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for something that aiokafka might never finish once this has ended. Raises what broke the producer."""
+        task = asyncio.get_running_loop().create_task(work)
+        try:
+            both: set[asyncio.Future[Any]] = {task, self.broken}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if self.broken.done():
+                raise self.broken.result()
+            return task.result()
+        finally:
+            await ended(cancel([task]))
 
     def batch(self, max_bytes: int) -> Any:
         """A builder of a record batch of that size; one record always fits, however large."""
@@ -102,6 +122,14 @@ class Producer:
         self._unacked.discard(future)
         if not future.cancelled():
             future.exception()  # seen, also where nobody waits for it any more
+
+    def require(self, topics: Collection[str]) -> None:
+        """End when one of these topics, which has batches under way, is gone: aiokafka would try for ever."""
+        for topic in topics:
+            if self.client.cluster.partitions_for_topic(topic) is not None:
+                self._missing_since.pop(topic, None)
+            elif time.monotonic() - self._missing_since.setdefault(topic, time.monotonic()) > MISSING:
+                self.end(TopicGone(topic))
 
     async def idle(self) -> None:
         """Wait until all that was sent is acknowledged, or never will be."""
@@ -128,12 +156,6 @@ class Producer:
                     self._deny(place.topic, error)
                 elif error is not None:
                     self.end(error)
-                self._missing_since.pop(place, None)
-            elif (refusal := self.refusals.get(place)) and refusal.code == errors.UnknownTopicOrPartitionError.errno:
-                # aiokafka tries again for ever, and each time makes all other topics wait.
-                since = self._missing_since.setdefault(place, time.monotonic())
-                if time.monotonic() - since > MISSING:
-                    self.end(errors.UnknownTopicOrPartitionError(f"topic {place.topic!r} is gone"))
 
     def _deny(self, topic: str, error: BaseException) -> None:
         self.denied.add(topic)
@@ -165,11 +187,17 @@ class _Handler(SendProduceReqHandler):  # type: ignore[misc]  # aiokafka has no 
         super().__init__(sender, batches)
         self._refusals = refusals
 
+    def create_request(self) -> Any:
+        request = super().create_request()
+        # Version 8 tells which records are at fault. aiokafka has it, reads its answers, and does not offer it to brokers.
+        request._CLASSES = (*request._CLASSES, ProduceRequest_v8)
+        return request
+
     def handle_response(self, response: Any) -> None:
-        if response.API_VERSION >= 8:
-            for topic, partitions in response.topics:
-                for partition, code, _, _, _, records, text in partitions:
-                    if code:
-                        at = tuple(index for index, _ in records or ())
-                        self._refusals[topic, partition] = Refusal(code, at, text or "")
+        for topic, partitions in response.topics:
+            for partition, code, *rest in partitions:
+                if code:
+                    records, text = rest[-2:] if response.API_VERSION >= 8 else ((), "")
+                    told = {index: said or text or "" for index, said in records}
+                    self._refusals[topic, partition] = Refusal(code, told, text or "")
         super().handle_response(response)

@@ -17,7 +17,7 @@ from outbox.errors import DecodingError, MessageTooLarge, OutboxError, Refused, 
 from outbox.transport import SENT, Outcome
 from outbox.transports._headers import headers
 from outbox.transports._kafka_client import TopicFacts, describe, diagnose, unavailable
-from outbox.transports._kafka_producer import INVALID_RECORD, Producer
+from outbox.transports._kafka_producer import INVALID_RECORD, Producer, TopicGone
 from outbox.transports._kafka_settings import Settings
 from outbox.transports._partition import KeyHashes
 from outbox.transports._pipeline import EVERYTHING, Pipeline
@@ -180,10 +180,11 @@ class Publisher:
         asked = [topic for topic in topics if topic not in self._facts or self._facts[topic][1] + FACTS_AGE < now]
         wrong: dict[str, OutboxError] = {}
         if asked:
-            for topic, found in (await describe(producer.client, sorted(asked), self._settings)).items():
+            answer = await producer.unless_broken(describe(producer.client, sorted(asked), self._settings))
+            for topic, found in answer.items():
                 if isinstance(found, TopicFacts):
                     self._facts[topic] = found, now
-                    await _known(producer.client, topic, found.partitions)
+                    await producer.unless_broken(_known(producer.client, topic, found.partitions))
                 else:
                     self._facts.pop(topic, None)
                     wrong[topic] = found
@@ -259,10 +260,13 @@ class Publisher:
         producer = call.producer
         if producer is None:
             return
-        pending = {batch.future for batch in call.batches if batch.future is not None}
+        pending = {batch.future: batch.topic for batch in call.batches if batch.future is not None}
         while pending and not producer.broken.done():
-            done, _ = await asyncio.wait({*pending, producer.broken}, return_when=asyncio.FIRST_COMPLETED)
-            pending -= done
+            done, _ = await asyncio.wait({*pending, producer.broken}, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                pass
+            for future in done:
+                pending.pop(future, None)
 
     def _conclude(self, call: _Call, error: OutboxError | None) -> None:
         """Decide on every message that was not sent. ``error``: why the producer, or the call, ended."""
@@ -275,8 +279,10 @@ class Publisher:
                     self._most.pop((batch.topic, batch.partition), None)
                 else:
                     self._refused(call, batch, refused)
-                continue
-            self._unsent(call, batch.at, error or Unavailable("kafka: not acknowledged"))
+            elif isinstance(error, TopicGone) and error.topic == batch.topic:
+                self._unsent_topic(call, batch, error)
+            else:
+                self._unsent(call, batch.at, error or Unavailable("kafka: not acknowledged"))
         if error is not None and (producer is None or not call.batches):
             self._unsent(call, range(len(call.messages)), error)
 
@@ -286,34 +292,45 @@ class Publisher:
             if call.outcomes.setdefault(one, outcome) is outcome:
                 self._fail(call, EVERYTHING)
 
+    def _unsent_topic(self, call: _Call, batch: _Batch, error: OutboxError) -> None:
+        call.outcomes.update(dict.fromkeys(batch.at, Outcome.unavailable(str(error), error, scope="topic")))
+        self._fail(call, batch.topic)
+
     def _refused(self, call: _Call, batch: _Batch, error: BaseException) -> None:
+        """Blame the messages that are at fault, if that can be told; the others of the batch are unavailable."""
         assert call.producer is not None
-        place = batch.topic, batch.partition
-        refusal = call.producer.refusals.get(place)
-        why = (refusal.text if refusal is not None else "") or str(error) or type(error).__name__
-        culprits = [batch.at[record] for record in refusal.records if record < len(batch.at)] if refusal else []
+        refusal = call.producer.refusals.get((batch.topic, batch.partition))
+        said = (refusal.text if refusal is not None else "") or str(error) or type(error).__name__
         single = len(batch.at) == 1
         if isinstance(error, errors.TopicAuthorizationFailedError | errors.UnknownTopicOrPartitionError):
-            mapped = unavailable(error, f"topic {batch.topic!r} cannot be written to")
-            call.outcomes.update(dict.fromkeys(batch.at, Outcome.unavailable(str(mapped), mapped, scope="topic")))
-            self._fail(call, batch.topic)
-            return
-        if isinstance(error, errors.MessageSizeTooLargeError | errors.RecordListTooLargeError):
+            self._unsent_topic(call, batch, unavailable(error, f"topic {batch.topic!r} cannot be written to"))
+        elif isinstance(error, errors.MessageSizeTooLargeError | errors.RecordListTooLargeError):
             self._facts.pop(batch.topic, None)
             if single:
-                call.outcomes[batch.at[0]] = _too_large(call.messages[batch.at[0]], f"is refused by the broker: {why}")
+                call.outcomes[batch.at[0]] = _too_large(call.messages[batch.at[0]], f"is refused by the broker: {said}")
             else:
                 self._capacity[batch.topic] = max(1000, batch.builder.size() // 2)
-        elif culprits or (single and isinstance(error, _OF_THE_RECORDS)):
-            for at in culprits or batch.at:
-                # An error of the broker that it does not explain may pass.
-                certain = not isinstance(error, errors.UnknownError) or (refusal and refusal.code == INVALID_RECORD)
-                refused = Refused(f"kafka: message {call.messages[at].id} is refused by topic {batch.topic!r}: {why}")
-                refused.__cause__ = error
-                call.outcomes[at] = (Outcome.reject if certain else Outcome.retry)(str(refused), refused)
+        elif refusal is not None and refusal.records:
+            for record, why in refusal.records.items():
+                if record < len(batch.at):
+                    call.outcomes[batch.at[record]] = self._blame(call, batch.at[record], Outcome.reject, why, error)
+        elif single and isinstance(error, _OF_THE_RECORDS):
+            # An error of the broker that it does not explain may pass.
+            certain = not isinstance(error, errors.UnknownError) or (refusal and refusal.code == INVALID_RECORD)
+            kind = Outcome.reject if certain else Outcome.retry
+            call.outcomes[batch.at[0]] = self._blame(call, batch.at[0], kind, said, error)
         elif isinstance(error, _OF_THE_RECORDS):
-            self._most[place] = max(1, len(batch.at) // 2)
+            self._most[batch.topic, batch.partition] = max(1, len(batch.at) // 2)
         self._unsent(call, batch.at, unavailable(error, f"topic {batch.topic!r} refused a batch"))
+
+    @staticmethod
+    def _blame(
+        call: _Call, at: int, kind: Callable[[str, BaseException], Outcome], why: str, error: BaseException
+    ) -> Outcome:
+        message = call.messages[at]
+        refused = Refused(f"kafka: message {message.id} is refused by topic {message.topic!r}: {why}")
+        refused.__cause__ = error
+        return kind(str(refused), refused)
 
     async def close(self, *, abort: bool) -> None:
         self._closed = True

@@ -200,7 +200,7 @@ class KafkaSubscription:
 
     def _hand_out_of(self, place: _Place, held: Held, count: int, deliveries: list[Delivery]) -> None:
         topic, partition = place
-        last, when = -1, datetime.now(UTC)
+        last, when = -1, None
         for _ in range(count):
             record = held.records.popleft()
             offset = record.offset
@@ -208,13 +208,16 @@ class KafkaSubscription:
                 # The first one; or the topic was made anew, or cut off, and its offsets began again.
                 held = self._begin(place, held, offset)
             if record.timestamp != last:  # mostly the same for a whole batch
-                last, when = record.timestamp, datetime.fromtimestamp(max(0, record.timestamp) / 1000, UTC)
+                last, when = record.timestamp, datetime.fromtimestamp(record.timestamp / 1000, UTC)
+            headers = record.headers
+            if any(value is None for _, value in headers):  # a foreign producer's
+                headers = [(name, value or b"") for name, value in headers]
             deliveries.append(
                 Delivery(
                     topic=topic,
                     payload=record.value,
                     key=record.key,
-                    headers=record.headers,
+                    headers=headers,
                     partition=partition,
                     offset=offset,
                     timestamp=when,

@@ -1,14 +1,18 @@
-"""The command `outbox` as people run it: a process of its own."""
+"""The command `outbox`: as people run it, and without a process of its own where only what it says is asked."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from outbox.cli import main
 
 PASSWORD = "hunter2-and-more"
 
@@ -40,6 +44,16 @@ def outbox(*arguments: str, folder: Path | None = None, **environment: str) -> D
     )
     assert PASSWORD not in done.stdout + done.stderr
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def quick(*arguments: str) -> Done:
+    """`outbox …` in this process: the same, a second sooner."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        try:
+            status = main(arguments)
+        except SystemExit as exit:
+            status = exit.code if isinstance(exit.code, int) else 1
+    return Done(status, out.getvalue(), err.getvalue())
 
 
 def refused(done: Done, status: int, *words: str) -> None:

@@ -18,17 +18,20 @@ from tests.cli.command import PASSWORD, Done, outbox, refused
 from tests.cli.conftest import Shop
 from tests.services.process import free_port
 
-VERBS = ("status", "trace", "migrate", "relay", "dlq")
+WORDS = {
+    "status": ["status"],
+    "trace": ["trace", "--key", "1"],
+    "dlq": ["dlq", "groups"],
+    "migrate": ["migrate"],
+    # without --drain the relay waits for a database that is away, for as long as it takes
+    "relay": ["relay", "--drain", "--transport", "memory://x"],
+}
+VERBS = tuple(WORDS)
 
 
 def run(verb: str, *options: str, folder: Path | None = None, **environment: str) -> Done:
     """A verb with the arguments that it cannot do without."""
-    words = {
-        "trace": ["trace", "--key", "1"],
-        "dlq": ["dlq", "groups"],
-        "relay": ["relay", "--transport", "memory://x"],
-    }
-    return outbox(*words.get(verb, [verb]), *options, folder=folder, **environment)
+    return outbox(*WORDS[verb], *options, folder=folder, **environment)
 
 
 # ---------------------------------------------------------------- usage
@@ -136,8 +139,8 @@ def test_a_database_that_cannot_be_is_wrong_configuration(url: str, words: str) 
 
 def test_a_database_given_twice_by_the_environment_is_refused(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("sqlite:///shop.db")
-    both = {"OUTBOX_DATABASE": "sqlite:///shop.db", "OUTBOX_DATABASE_FILE": str(tmp_path / "secret")}
-    refused(outbox("status", **both), 2, "OUTBOX_DATABASE and OUTBOX_DATABASE_FILE are both set")
+    done = outbox("status", OUTBOX_DATABASE="sqlite:///shop.db", OUTBOX_DATABASE_FILE=str(tmp_path / "secret"))
+    refused(done, 2, "OUTBOX_DATABASE and OUTBOX_DATABASE_FILE are both set")
 
 
 def test_a_database_comes_from_a_mounted_secret(sqlite: Shop, tmp_path: Path) -> None:
@@ -226,15 +229,10 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     refused(run("status", "--database", f"sqlite:///{tmp_path}/shop.db"), 3, "file is not a database")
 
 
-def test_a_read_only_database_can_be_looked_at_and_not_changed(sqlite: Shop) -> None:
-    sqlite.execute("delete from outbox_checkpoint where name = 'outbox_id'")
-    sqlite.engine.dispose()
+@pytest.mark.parametrize("verb", ["status", "migrate", "relay"])
+def test_a_read_only_database_is_named(verb: str, sqlite: Shop) -> None:
     read_only = sqlite.url.replace("sqlite:///", "sqlite:///file:") + "?mode=ro&uri=true"
-    for verb in ("status", "relay"):
-        refused(run(verb, "--database", read_only), 3, "readonly database", "not writable for this user")
-    sqlite.execute("insert into outbox_checkpoint (name, value) values ('outbox_id', 'x')")
-    sqlite.engine.dispose()
-    assert run("status", "--database", read_only).status == 0
+    refused(run(verb, "--database", read_only), 3, "readonly database", "not writable for this user")
 
 
 def test_a_role_that_may_not_read_is_named(postgres: Shop) -> None:

@@ -87,16 +87,18 @@ class Billing:
 
     # ------------------------------------------------------------ the database
 
-    def rows(self, table: sa.Table | str) -> list[dict[str, Any]]:
-        if isinstance(table, str):
-            table = getattr(self.tables, table)
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """All rows of one of the outbox's tables, by primary key."""
+        return self._rows(getattr(self.tables, name))
+
+    def _rows(self, table: sa.Table) -> list[dict[str, Any]]:
         with self.engine.connect() as connection:
-            order = list(table.primary_key.columns)
-            return [dict(row._mapping) for row in connection.execute(sa.select(table).order_by(*order))]
+            query = sa.select(table).order_by(*table.primary_key.columns)
+            return [dict(row._mapping) for row in connection.execute(query)]
 
     def charges(self) -> list[int]:
         """The order ids that were charged, in the order in which that happened."""
-        return [row["order_id"] for row in self.rows(Charge.__table__)]  # type: ignore[arg-type]
+        return [row["order_id"] for row in self._rows(Base.metadata.tables["charges"])]
 
     def dead(self, **wanted: Any) -> list[DeadLetter]:
         return self.letters.find(state="any", limit=10_000, **wanted)

@@ -311,6 +311,7 @@ def test_ids_increase_while_the_clock_goes_back(monkeypatch: pytest.MonkeyPatch)
     assert len(set(ids)) == len(ids)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_child_forked_while_a_thread_makes_an_id_can_make_its_own() -> None:
     from outbox import _message

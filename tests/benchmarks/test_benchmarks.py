@@ -1,0 +1,49 @@
+"""The benchmarks run, and say what they measured in one form. How fast it was is not this test's to judge."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.timeout(300)
+def test_each_benchmark_prints_one_json_object_a_figure(postgresql: object, kafka: object) -> None:
+    # the fixtures only make sure that the servers can be had; the benchmark starts its own, with fsync
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "add", "relay", "--quick", "--repeat", "1", "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = {line["figure"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert {
+        "add.orm.messages1",
+        "add.orm.messages10",
+        "add.many.messages100",
+        "relay.bare.read_delete.keys1000.rows100000",
+        "relay.bare.publish.keys1000.rows100000",
+        "relay.postgresql.kafka.keys1000.rows100000",
+        "relay.memory.rows1000000",
+        "relay.idle.poll20ms",
+    } <= figures.keys()
+    for figure in figures.values():
+        assert figure["value"] > 0
+        assert figure["unit"]
+        assert ("reference" in figure) == ("ratio" in figure)
+
+
+def test_a_benchmark_that_does_not_exist_is_named_with_those_that_do() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "nonsense"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "nonsense" in done.stderr
+    assert "relay" in done.stderr

@@ -1,0 +1,66 @@
+"""What the relay does with a transport, in few lines: several calls under way, and all that was not sent again, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from outbox._message import Outgoing
+from outbox.testing.conformance import ids
+from outbox.transport import Delivery, Outcome, Transport
+
+
+class Sending:
+    """Sends messages until all are sent. ``waves``: how long each wave of calls took, in seconds."""
+
+    def __init__(self, transport: Transport, messages: Sequence[Outgoing], *, batch: int = 100, calls: int = 4) -> None:
+        self.transport = transport
+        self.left = list(messages)
+        self.batch = batch
+        self.calls = calls
+        self.sent: list[Outgoing] = []
+        self.rejected: list[tuple[Outgoing, Outcome]] = []
+        self.unavailable: list[Outcome] = []
+        self.waves: list[float] = []
+
+    async def run(self, within: float = 60.0) -> None:
+        deadline = time.monotonic() + within
+        while self.left:
+            assert time.monotonic() < deadline, f"{len(self.left)} are not sent: {self.unavailable[-1:]}"
+            parts = [self.left[at * self.batch : (at + 1) * self.batch] for at in range(self.calls)]
+            begun = time.monotonic()
+            results = await asyncio.gather(*(self.transport.publish(part) for part in parts if part))
+            self.waves.append(time.monotonic() - begun)
+            again = []
+            for message, outcome in zip(
+                [m for part in parts for m in part], [o for r in results for o in r], strict=True
+            ):
+                if outcome.kind == "sent":
+                    self.sent.append(message)
+                elif outcome.kind == "reject":
+                    self.rejected.append((message, outcome))
+                else:
+                    self.unavailable.append(outcome)
+                    again.append(message)
+            self.left[: sum(map(len, parts))] = again
+            if again:
+                await asyncio.sleep(0.1)  # the circuit is open for a moment
+
+
+def first_deliveries(found: Iterable[Delivery]) -> dict[bytes | None, list[int]]:
+    """By key, the numbers in the payloads in the order in which they came first; duplicates may come late."""
+    seen: set[str] = set()
+    by_key: dict[bytes | None, list[int]] = defaultdict(list)
+    for delivery in found:
+        (id,) = ids([delivery])
+        if id not in seen:
+            seen.add(id)
+            by_key[delivery.key].append(int(delivery.payload or b""))
+    return dict(by_key)
+
+
+def in_order(count: int, keys: int = 10) -> dict[bytes | None, list[int]]:
+    """What `first_deliveries` must be for `numbered` messages."""
+    return {b"key-%d" % key: [number for number in range(count) if number % keys == key] for key in range(keys)}
