@@ -52,11 +52,19 @@ def session_dependency(sessions: Any) -> Callable[[], Any]:
     )
 
 
+# Closing a session rolls back too, but not after a commit that SQLite has refused (a deferred foreign key): its connection
+# would go back to the pool with the transaction still open, and whoever got it next would be in it.
+
+
 def _dependency(sessions: sessionmaker[SessionT]) -> Callable[[], Iterator[SessionT]]:
     def get_session() -> Iterator[SessionT]:
-        with sessions() as session:  # closing rolls back what was not committed
-            yield session
-            session.commit()
+        with sessions() as session:
+            try:
+                yield session
+                session.commit()
+            except BaseException:
+                session.rollback()
+                raise
 
     return get_session
 
@@ -64,7 +72,11 @@ def _dependency(sessions: sessionmaker[SessionT]) -> Callable[[], Iterator[Sessi
 def _async_dependency(sessions: async_sessionmaker[AsyncSessionT]) -> Callable[[], AsyncIterator[AsyncSessionT]]:
     async def get_session() -> AsyncIterator[AsyncSessionT]:
         async with sessions() as session:
-            yield session
-            await session.commit()
+            try:
+                yield session
+                await session.commit()
+            except BaseException:
+                await session.rollback()
+                raise
 
     return get_session

@@ -60,6 +60,8 @@ class Runtime:
         self._loading: list[Incoming] = []
         self._replays: set[Incoming] = set()
         """Taken from the database and not finished."""
+        self._replay_done = asyncio.Event()
+        """The next one of its key may be due now."""
         self._acks: list[Delivery] = []
         self._ack_now = asyncio.Event()
         self._acking = asyncio.Lock()
@@ -184,7 +186,10 @@ class Runtime:
                 await self._take_replays()
             except DatabaseTrouble as trouble:
                 self.database.failed(trouble)
-            await asyncio.sleep(REPLAY_POLL)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REPLAY_POLL):
+                    await self._replay_done.wait()
+            self._replay_done.clear()
 
     async def _keep_replays(self) -> None:
         ids = [incoming.message.id for incoming in self._replays]
@@ -249,7 +254,9 @@ class Runtime:
             self.lanes.again(lane)
 
     def _let_go(self, lane: Lane, incoming: Incoming) -> None:
-        self._replays.discard(incoming)
+        if incoming.replay:
+            self._replays.discard(incoming)
+            self._replay_done.set()
         self.lanes.done(lane)
         self.state.in_memory = self.lanes.count
 

@@ -81,12 +81,9 @@ class Leases:
 
         def work(connection: sa.Connection) -> None:
             lease, relay = tables.lease, tables.relay
-            if gone:
-                connection.execute(
-                    sa.update(lease)
-                    .where(lease.c.owner == owner, lease.c.bucket.in_(gone))
-                    .values(owner=None, expires_at=None)
-                )
+            free = sa.update(lease).where(lease.c.owner == owner).values(owner=None, expires_at=None)
+            # everything includes what a renewal took whose outcome we never learned
+            connection.execute(free if buckets is None else free.where(lease.c.bucket.in_(gone)))
             if leave:
                 connection.execute(sa.delete(relay).where(relay.c.owner == owner))
 

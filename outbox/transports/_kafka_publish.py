@@ -264,7 +264,7 @@ class Publisher:
         while pending and not producer.broken.done():
             done, _ = await asyncio.wait({*pending, producer.broken}, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
             if not done:
-                pass
+                producer.require(set(pending.values()))
             for future in done:
                 pending.pop(future, None)
 

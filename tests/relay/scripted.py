@@ -109,7 +109,12 @@ class Scripted:
                     raise said
                 wanted.append(said)
             said = wanted[-1]
-            if said is not None and said.kind in ("retry", "unavailable") and row.key is not None and name not in failed:
+            if (
+                said is not None
+                and said.kind in ("retry", "unavailable")
+                and row.key is not None
+                and name not in failed
+            ):
                 failed.add(name)
                 self._pipeline.fail(name)
         self.stored += [row for row, said in zip(rows, wanted, strict=True) if said is None]

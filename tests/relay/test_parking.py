@@ -15,6 +15,7 @@ from tests.relay.database import Database
 from tests.relay.faulty import faulty_stores, gone
 from tests.relay.running import QUICK, eventually, relay, running
 from tests.relay.scripted import Script, Scripted
+from tests.relay.test_flow import flow_of
 
 PIPELINES = pytest.mark.parametrize("pipeline", [True, False], ids=["pipeline", "lanes"])
 RETRY = Outcome.retry("not now")
@@ -220,7 +221,7 @@ async def test_a_transaction_that_fails_or_whose_outcome_is_unknown_loses_and_in
     broker = Scripted(
         lambda row, tries: {b"retry": RETRY if tries < 2 else None, b"dead": RETRY}.get(row.payload or b"")
     )
-    faults = {"left": 2}
+    faults = {"left": 1}
 
     def fault(asked: str) -> Exception | None:
         if asked == what and faults["left"]:
@@ -241,17 +242,24 @@ async def test_a_transaction_that_fails_or_whose_outcome_is_unknown_loses_and_in
     assert broker.first_ids() == [id for id in ids if id not in dead]
 
 
-async def test_what_lost_its_head_by_hand_is_found_when_its_key_goes_on(database: Database) -> None:
+async def test_what_lost_its_head_by_hand_is_found_when_its_key_goes_on(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failing = True
     broker = Scripted(lambda row, tries: RETRY if failing else None)
-    async with running(relay(database, broker, limits=Limits(poll=0.01, attempts=1000, backoff=QUICK.backoff))):
-        ids = database.add("k", "k")
-        await eventually(lambda: database.count("parked") == 2)
-        parked = database.tables.parked
-        database.execute(sa.delete(parked).where(parked.c.role == "head"))
-        failing = False
-        ids += database.add("k")
-        await eventually(lambda: database.count() == database.count("parked") == 0)
+    found = relay(database, broker, limits=Limits(poll=0.01, attempts=1000, backoff=QUICK.backoff))
+    with faulty_stores(monkeypatch) as stores:
+        async with running(found):
+            ids = database.add("k", "k")
+            await eventually(lambda: database.count("parked") == 2)
+            parked = database.tables.parked
+            database.execute(sa.delete(parked).where(parked.c.role == "head"))
+            looks = stores[0].seen.count("look")
+            await eventually(lambda: stores[0].seen.count("look") > looks + 2)
+            await eventually(lambda: not flow_of(found).retrying.trying)
+            failing = False
+            ids += database.add("k")
+            await eventually(lambda: database.count() == database.count("parked") == 0)
     assert broker.ids() == ids[1:]
 
 

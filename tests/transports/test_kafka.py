@@ -229,15 +229,15 @@ async def test_a_limit_that_was_lowered_meanwhile_makes_nothing_overtake(
     await transport.declare([name], partitions=1)
     await Sending(transport, [message(name, "warm-up", b"0")]).run()
     await set_limit(kafka_url, name, 5000)
-    # The first one is a producer's first batch in its partition, and as a whole too large: the broker knows no sequence of
-    # this producer yet, so that it would take the second one in spite of the hole before it.
     assert transport._publisher is not None
     assert transport._publisher._producer is not None
     transport._publisher._producer.end()
-    padded = [m._replace(headers=json.dumps({"pad": "x" * 900})) for m in numbered(name, 60, keys=1)]
-    fact = transport._publisher._facts[name]
-    transport._publisher._facts = _Frozen({name: fact})
-    sending = Sending(transport, padded, batch=6, calls=5)
+    transport._publisher._facts = _Frozen(transport._publisher._facts)
+    # The first call is the new producer's first batch in its partition, and as a whole too large. The broker knows no
+    # sequence of this producer yet, so that it would take the small ones behind it in spite of the hole (KAFKA-14359).
+    padding = json.dumps({"pad": "x" * 900})
+    padded = [m._replace(headers=padding) for m in numbered(name, 6, keys=1)]
+    sending = Sending(transport, [*padded, *numbered(name, 54, keys=1, first=6)], batch=6, calls=5)
     await sending.run()
     assert {outcome.kind for outcome in sending.unavailable} == {"unavailable"}
     found = [d for d in await read_all(transport, name) if d.key != b"warm-up"]
