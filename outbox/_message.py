@@ -216,15 +216,15 @@ def _require_text(text: str, what: str) -> None:
     """PostgreSQL stores no NUL, and a lone surrogate is not UTF-8: found here, in the app's transaction."""
     if "\x00" in text:
         raise EncodingError(f"{what} contains a NUL character")
-    _require_utf8(text, what)
+    if not text.isascii():
+        _require_utf8(text, what)
 
 
 def _require_utf8(text: str, what: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise EncodingError(f"{what} contains a lone surrogate, which is not valid UTF-8") from None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise EncodingError(f"{what} contains a lone surrogate, which is not valid UTF-8") from None
 
 
 @dataclass(frozen=True, slots=True)

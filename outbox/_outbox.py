@@ -158,9 +158,8 @@ class Outbox:
         target = _resolve(where)
         built: list[staging.Built] = []
         for message in messages:
-            if isinstance(message, Mapping):
-                unknown = message.keys() - _ARGUMENTS
-                if unknown or not message.keys() >= {"topic", "payload"}:
+            if isinstance(message, Mapping) and declaration(type(message)) is None:
+                if not _REQUIRED <= message.keys() <= _ARGUMENTS:
                     raise TypeError(
                         f"add_all: a mapping needs 'topic' and 'payload' and may have {sorted(_ARGUMENTS)}; got "
                         f"{sorted(map(str, message))}"
@@ -320,6 +319,7 @@ class Outbox:
         return self.tables.scheduled, parameters, message
 
 
+_REQUIRED: Final = {"topic", "payload"}
 _ARGUMENTS: Final = {"topic", "payload", "key", "type", "headers", "content_type", "deliver_at", "id"}
 
 

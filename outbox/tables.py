@@ -224,6 +224,10 @@ class Tables:
     def unique(self, name: str, *columns: str) -> sa.UniqueConstraint:
         return sa.UniqueConstraint(*columns, name=self._name(f"{name}_key"))
 
+    def bucket_check(self, name: str) -> sa.CheckConstraint:
+        """No relay owns another bucket: a row in one, written by hand, would never be sent, so it is refused instead."""
+        return sa.CheckConstraint(f"bucket BETWEEN 0 AND {BUCKETS - 1}", name=self._name(f"{name}_bucket_check"))
+
     def index(self, name: str, *columns: str, **kw: Any) -> sa.Index:
         return sa.Index(self._name(f"{name}_idx"), *columns, **kw)
 
@@ -257,6 +261,7 @@ def _message(t: Tables) -> sa.Table:
         sa.Column("position", _number(), sa.Identity(cache=1), autoincrement=True, nullable=False),
         *_body(),
         t.primary_key("message", "position"),
+        t.bucket_check("message"),
         sqlite_autoincrement=True,  # without it SQLite gives a deleted position out again
     )
 
@@ -267,6 +272,7 @@ def _scheduled(t: Tables) -> sa.Table:
         *_body(),
         sa.Column("deliver_at", UtcDateTime(), nullable=False),
         t.primary_key("scheduled", "id"),
+        t.bucket_check("scheduled"),
         t.index("scheduled_deliver_at", "deliver_at"),
     )
 

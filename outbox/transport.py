@@ -96,7 +96,8 @@ class Delivery:
 
 Revoked = Callable[[frozenset[tuple[str, int]]], Awaitable[None]]
 """Called with the (topic, partition) pairs that are about to be given up, before they are; afterwards their offsets are
-committed. Returning late makes the group wait, and at some time goes on without us."""
+committed. Returning late makes the group wait, and at some time goes on without us. Called as well for pairs that were lost
+(the member had been silent for too long): what is acked of them then is not committed. Not called by `Subscription.close`."""
 
 
 class Subscription(Protocol):
@@ -104,7 +105,9 @@ class Subscription(Protocol):
 
     async def fetch(self, limit: int, timeout: float) -> list[Delivery]:
         """Up to ``limit`` deliveries (rows), waiting at most ``timeout`` seconds for the first. Messages of one key
-        come in order. Raises `Unavailable` while the broker cannot be asked: call again."""
+        come in order. Raises `Unavailable` while the broker cannot be asked: call again. Raises `ConfigurationError` where
+        it is known that another process has joined under this member's name: then it never will work again. Returns
+        nothing when the subscription is closed meanwhile; after that, raises RuntimeError."""
         ...
 
     async def ack(self, deliveries: Sequence[Delivery]) -> None:
@@ -161,8 +164,9 @@ class Transport(Protocol):
         member: str | None = None,
         revoked: Revoked | None = None,
     ) -> Subscription:
-        """Join ``group``. At most ``window`` deliveries (rows) are out without an ack. ``member`` makes the membership
-        static: a restart under that name gets its partitions back at once. A new group starts at the earliest message."""
+        """Join ``group``. At most ``window`` deliveries (rows) are out without an ack, and of one partition no more than that
+        without a commit. ``member`` makes the membership static: a restart under that name gets its partitions back at
+        once. A new group starts at the earliest message. Raises `Unavailable`, also for a topic that does not exist."""
         ...
 
     async def declare(self, topics: Sequence[str], *, partitions: int | None = None) -> None:
@@ -174,5 +178,7 @@ class Transport(Protocol):
         ...
 
     async def close(self, *, abort: bool = False) -> None:
-        """Let go of the broker. ``abort``: at once, and nothing that was handed over before is sent afterwards."""
+        """Let go of the broker, and close the subscriptions. ``abort``: at once, as if the process were killed (nothing is
+        committed, no group is left), and nothing that was handed over before is sent afterwards. What is on the wire at
+        that moment may still be stored."""
         ...

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from outbox import Consumer, Relay
 
-State: TypeAlias = "Mapping[str, Any] | None"
-Lifespan: TypeAlias = "Callable[[Any], AbstractAsyncContextManager[State]]"
+Lifespan: TypeAlias = "Callable[[Any], AbstractAsyncContextManager[Any]]"
+"""From the app to a context that gives the app's state (a mapping) or None, as Starlette takes it."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def lifespan(
     consumers = () if consumer is None else (consumer,) if isinstance(consumer, Consumer) else tuple(consumer)
 
     @asynccontextmanager
-    async def run(app: Any) -> AsyncIterator[State]:
+    async def run(app: Any) -> AsyncIterator[Any]:
         async with AsyncExitStack() as stack:
             state = None if app_lifespan is None else await stack.enter_async_context(app_lifespan(app))
             app.state.outbox = Running(relay, consumers)

@@ -124,7 +124,9 @@ class Attempts:
         ).one_or_none()
         mine = self._take_inbox_row(connection, incoming)
         if mine:
-            message, delivery = incoming.message, incoming.delivery
+            message = incoming.message
+            # of a replay: where the message first came from
+            origin: Any = incoming.delivery or story
             row = dead_letter.record(
                 failure,
                 consumer=self.consumer,
@@ -138,9 +140,8 @@ class Attempts:
                 content_type=message.content_type,
                 headers=encoding.dump_headers(message.headers) if message.headers else None,
                 attempts=tried + (story.attempts if story else 0),
-                # of a replay: where the message first came from
-                partition=delivery.partition if delivery else story and story.partition,
-                offset=delivery.offset if delivery else story and story.offset,
+                partition=origin.partition if origin else None,
+                offset=origin.offset if origin else None,
                 created_at=message.created_at,
                 first_failed_at=(story.first_failed_at if story else None) or dead_letter.now(connection),
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -138,11 +137,6 @@ def from_attempt(row: sa.RowMapping, *, keep_order: bool) -> Incoming:
         trouble=trouble,
         failures=row["attempts"],
     )
-
-
-def of_message(message: Message) -> Incoming:
-    """A message that an application holds in its hands: `Consumer.handle`."""
-    return Incoming(message=dataclasses.replace(message, headers=dict(message.headers)), cycle=0)
 
 
 def _others(headers: Mapping[str, str]) -> dict[str, str]:

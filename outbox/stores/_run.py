@@ -100,6 +100,10 @@ def _borrow(engine: sa.Engine) -> psycopg.AsyncConnection[Any]:
     sync: psycopg.Connection[Any] = raw.driver_connection  # type: ignore[assignment]
     raw.detach()
     sync.rollback()
+    if sync.prepare_threshold is not None:
+        # in the pool it may have prepared statements, whose names the new wrapper would give out again
+        sync.execute("deallocate all")
+        sync.rollback()
     connection: psycopg.AsyncConnection[Any] = psycopg.AsyncConnection(sync.pgconn)
     connection.prepare_threshold = sync.prepare_threshold  # None is what people behind PgBouncer set
     # Both wrap one libpq connection, which closes once: with the second, the first is closed too. Kept together, so that

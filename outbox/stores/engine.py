@@ -58,54 +58,61 @@ def engine_for(database: Database | None, *, pool_size: int | None = None) -> sa
     Raises `ConfigurationError` (no database, no URL, a password of ``***``, another database than PostgreSQL or SQLite)
     and `MissingExtra` (the driver is not installed). Connects to nothing, and never prints a password.
     """
-    if is_engine(database):
-        _check_dialect(database.dialect.name)  # type: ignore[union-attr]
-        return database  # type: ignore[return-value]
-    url = database_url(database)  # type: ignore[arg-type]
-    if _is_async(url):
-        return _create_async(url, pool_size)
-    return _create(url, pool_size)
+    given = _given(database)
+    if given is not None:
+        _check_dialect(given.dialect.name)
+        return given
+    url = database_url(database)
+    return _create_async(url, pool_size) if _is_async(url) else _create(url, pool_size)
 
 
 def sync_engine_for(database: Database | None, *, pool_size: int | None = None) -> sa.Engine:
     """As `engine_for`, always a sync engine: a URL with an async driver is read as that database's sync driver.
     Raises `ConfigurationError` for an ``AsyncEngine``, which has none."""
-    if is_engine(database):
-        if not isinstance(database, sa.Engine):
+    given = _given(database)
+    if given is not None:
+        if not isinstance(given, sa.Engine):
             raise ConfigurationError(
-                f"database is an AsyncEngine ({database.dialect.driver}); "  # type: ignore[union-attr]
-                "this is sync code: pass a URL or a sync Engine"
+                f"database is an AsyncEngine ({given.dialect.driver}); this is sync code: pass a URL or a sync Engine"
             )
-        _check_dialect(database.dialect.name)
-        return database
-    url = database_url(database)  # type: ignore[arg-type]
+        _check_dialect(given.dialect.name)
+        return given
+    url = database_url(database)
     return _create(_with_driver(url, 0) if _is_async(url) else url, pool_size)
 
 
 def async_engine_for(database: Database | None, *, pool_size: int | None = None) -> AsyncEngine:
     """As `engine_for`, always an async engine: a URL with a sync driver is read as that database's async driver.
     Raises `ConfigurationError` for a sync ``Engine``, which has none."""
-    if is_engine(database):
-        if isinstance(database, sa.Engine):
+    given = _given(database)
+    if given is not None:
+        if isinstance(given, sa.Engine):
             raise ConfigurationError(
-                f"database is a sync Engine ({database.dialect.driver}); async code needs a URL or an AsyncEngine"
+                f"database is a sync Engine ({given.dialect.driver}); async code needs a URL or an AsyncEngine"
             )
-        _check_dialect(database.dialect.name)  # type: ignore[union-attr]
-        return database  # type: ignore[return-value]
-    url = database_url(database)  # type: ignore[arg-type]
+        _check_dialect(given.dialect.name)
+        return given
+    url = database_url(database)
     return _create_async(url if _is_async(url) else _with_driver(url, 1), pool_size)
 
 
 def is_engine(database: object) -> bool:
     """Whether this is an engine of the caller's, which only the caller disposes of."""
+    return _given(database) is not None
+
+
+def _given(database: object) -> sa.Engine | AsyncEngine | None:
     if isinstance(database, sa.Engine):
-        return True
+        return database
     # an AsyncEngine can exist only if its module is loaded: nothing is imported to ask
     module = sys.modules.get("sqlalchemy.ext.asyncio")
-    return module is not None and isinstance(database, module.AsyncEngine)
+    if module is not None and isinstance(database, module.AsyncEngine):
+        found: AsyncEngine = database
+        return found
+    return None
 
 
-def database_url(database: str | sa.URL | None) -> sa.URL:
+def database_url(database: Database | None) -> sa.URL:
     """The URL of a database, checked, with psycopg 3 as PostgreSQL's driver unless it names another. Raises as
     `engine_for` does."""
     if database is None:

@@ -45,12 +45,22 @@ async def diagnose(settings: Settings) -> None:
         del arguments["bootstrap_servers"]
         try:
             conn = await create_conn(host.strip("[]"), int(port), **arguments)
+            try:
+                await conn.send(MetadataRequest([]))  # a port that wants SASL hangs up only now
+            finally:
+                closed = conn.close()
         except (errors.SaslAuthenticationFailed, errors.AuthenticationFailedError) as error:
             raise ConfigurationError(
                 f"kafka: {server} refuses user {settings.username!r} ({settings.sasl_mechanism}): wrong user name or password"
             ) from error
         except errors.UnsupportedSaslMechanismError as error:
-            raise ConfigurationError(f"kafka: {server} does not know {settings.sasl_mechanism}: {error}") from error
+            raise ConfigurationError(
+                f"kafka: {server} does not offer sasl_mechanism={settings.sasl_mechanism}"
+            ) from error
+        except errors.IllegalSaslStateError as error:
+            raise ConfigurationError(
+                f"kafka: {server} takes no user name: its security_protocol is not {settings.security_protocol}"
+            ) from error
         except ssl.SSLCertVerificationError as error:
             raise ConfigurationError(
                 f"kafka: the certificate of {server} is not trusted ({error.verify_message}); "
@@ -59,7 +69,6 @@ async def diagnose(settings: Settings) -> None:
         except (OSError, TimeoutError, ssl.SSLError, ValueError, errors.KafkaError) as error:
             found.append(f"{server}: {_reason(error, settings)}")
         else:
-            closed = conn.close()
             if closed is not None:
                 await closed
             return
@@ -75,8 +84,7 @@ def _reason(error: BaseException, settings: Settings) -> str:
     if isinstance(cause, socket.gaierror):
         return "there is no such host"
     if isinstance(cause, EOFError | ConnectionResetError):
-        wanted = "TLS" if settings.ssl_context is None else "no TLS"
-        return f"the broker hangs up at once (does that port want {wanted}, or SASL?)"
+        return f"the broker hangs up at once; is its security_protocol {settings.security_protocol}?"
     return str(cause) or type(cause).__name__
 
 

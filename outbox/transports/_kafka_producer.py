@@ -162,6 +162,7 @@ class Producer:
         waiting = self._aio._message_accumulator._batches
         for place in [place for place in waiting if place.topic == topic]:
             for batch in waiting.pop(place):
+                _let_through(batch)  # else whoever waits for its place gets this error, for all of its topics
                 batch.failure(error)
 
     def end(self, error: BaseException | None = None) -> None:
@@ -174,12 +175,16 @@ class Producer:
         # Whoever waits for a free place in the queue gets one, and learns from `broken` that it is of no use.
         waiting = self._aio._message_accumulator._batches
         for batch in [batch for batches in waiting.values() for batch in batches]:
-            if not batch._drain_waiter.done():
-                batch._drain_waiter.set_result(None)
+            _let_through(batch)
         waiting.clear()
 
     async def ended(self) -> None:
         await ended(self._ending)
+
+
+def _let_through(batch: Any) -> None:
+    if not batch._drain_waiter.done():
+        batch._drain_waiter.set_result(None)
 
 
 class _Handler(SendProduceReqHandler):  # type: ignore[misc]  # aiokafka has no types

@@ -224,9 +224,9 @@ class Publisher:
             batch = target.batches[partition]
             large = target.large
             if (payload is not None and len(payload) > large) or (text is not None and len(text) > large):
-                alone = self._new(producer, topic, partition, target.fact)
-                alone.append(timestamp=now, key=key_bytes, value=payload, headers=found)
-                size = alone.builder.size()
+                fresh = self._new(producer, topic, partition, target.fact)
+                fresh.append(timestamp=now, key=key_bytes, value=payload, headers=found)
+                size = fresh.builder.size()
                 if target.fact.certain and size > target.fact.max_bytes:
                     call.outcomes[at] = _too_large(
                         message, f"has {size} bytes, and the topic allows {target.fact.max_bytes}"
@@ -240,12 +240,12 @@ class Publisher:
                 batch.at.append(at)
                 continue
             else:
-                alone = self._new(producer, topic, partition, target.fact)
-                alone.append(timestamp=now, key=key_bytes, value=payload, headers=found)
+                fresh = self._new(producer, topic, partition, target.fact)
+                fresh.append(timestamp=now, key=key_bytes, value=payload, headers=found)
             if batch is not None:
                 full.append(batch)
-            alone.at.append(at)
-            target.batches[partition] = alone
+            fresh.at.append(at)
+            target.batches[partition] = fresh
         open_ones = [batch for target in filling.values() for batch in target.batches if batch is not None]
         call.batches = _firsts_first([*full, *open_ones])
 

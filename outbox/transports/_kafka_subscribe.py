@@ -110,6 +110,11 @@ class KafkaSubscription:
             await self._cut()
             if isinstance(error, errors.KafkaConnectionError):
                 await diagnose(self._settings)
+            if isinstance(error, errors.InvalidSessionTimeoutError):
+                raise ConfigurationError(
+                    f"kafka: session_timeout_ms={self._settings.session_timeout * 1000:g} is not between the broker's "
+                    "group.min.session.timeout.ms and group.max.session.timeout.ms (6000 and 1800000, unless set)"
+                ) from error
             raise unavailable(error, f"cannot join group {self._group!r}") from error
         except BaseException:
             await self._cut()

@@ -98,6 +98,17 @@ async def test_a_dead_letter_that_is_delivered_late_again_is_skipped_and_not_dou
     assert (consumer.state.counts.dead, consumer.state.counts.skipped) == (1, 1)
 
 
+async def test_a_message_that_is_done_never_becomes_a_dead_letter(billing: Billing) -> None:
+    consumer = billing.consumer()
+    consumer.on(OrderPlaced)(charge)
+    id = new_id()
+    async with running(consumer):
+        await billing.publish(placed(1, id=id), placed(1, id=id, payload=b"garbled on its second way"))
+        await until_finished(consumer, 2)
+    assert (billing.charges(), billing.dead()) == ([1], [])
+    assert consumer.state.counts.skipped == 1
+
+
 async def test_no_handler_for_a_type_is_a_dead_letter_that_says_so(billing: Billing) -> None:
     consumer = billing.consumer()
     consumer.on(OrderPlaced)(charge)

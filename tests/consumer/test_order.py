@@ -146,6 +146,7 @@ async def test_no_more_handlers_work_at_once_than_were_asked_for(postgresql_bill
 async def test_no_more_is_in_memory_than_the_window(sqlite_billing: Billing) -> None:
     billing = sqlite_billing
     transport = WrappedTransport(open_transport(billing.transport_url))
+    transport.generous = True
     consumer = billing.consumer(window=20, transport=transport)
     go_on = threading.Event()
     in_memory = 0

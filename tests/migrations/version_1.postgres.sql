@@ -9,7 +9,8 @@ CREATE TABLE outbox_message (
     content_type VARCHAR(255), 
     headers TEXT, 
     created_at TIMESTAMP WITH TIME ZONE DEFAULT clock_timestamp() NOT NULL, 
-    CONSTRAINT outbox_message_pkey PRIMARY KEY (position)
+    CONSTRAINT outbox_message_pkey PRIMARY KEY (position), 
+    CONSTRAINT outbox_message_bucket_check CHECK (bucket BETWEEN 0 AND 63)
 );
 
 CREATE TABLE outbox_scheduled (
@@ -23,7 +24,8 @@ CREATE TABLE outbox_scheduled (
     headers TEXT, 
     created_at TIMESTAMP WITH TIME ZONE DEFAULT clock_timestamp() NOT NULL, 
     deliver_at TIMESTAMP WITH TIME ZONE NOT NULL, 
-    CONSTRAINT outbox_scheduled_pkey PRIMARY KEY (id)
+    CONSTRAINT outbox_scheduled_pkey PRIMARY KEY (id), 
+    CONSTRAINT outbox_scheduled_bucket_check CHECK (bucket BETWEEN 0 AND 63)
 );
 
 CREATE INDEX outbox_scheduled_deliver_at_idx ON outbox_scheduled (deliver_at);

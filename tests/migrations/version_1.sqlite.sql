@@ -8,7 +8,8 @@ CREATE TABLE outbox_message (
     payload BLOB, 
     content_type VARCHAR(255), 
     headers TEXT, 
-    created_at DATETIME DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')) NOT NULL
+    created_at DATETIME DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')) NOT NULL, 
+    CONSTRAINT outbox_message_bucket_check CHECK (bucket BETWEEN 0 AND 63)
 );
 
 CREATE TABLE outbox_scheduled (
@@ -22,7 +23,8 @@ CREATE TABLE outbox_scheduled (
     headers TEXT, 
     created_at DATETIME DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')) NOT NULL, 
     deliver_at DATETIME NOT NULL, 
-    CONSTRAINT outbox_scheduled_pkey PRIMARY KEY (id)
+    CONSTRAINT outbox_scheduled_pkey PRIMARY KEY (id), 
+    CONSTRAINT outbox_scheduled_bucket_check CHECK (bucket BETWEEN 0 AND 63)
 );
 
 CREATE INDEX outbox_scheduled_deliver_at_idx ON outbox_scheduled (deliver_at);

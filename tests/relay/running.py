@@ -15,7 +15,7 @@ from tests.relay.database import Database
 QUICK = Limits(poll=0.01, attempts=3, backoff=Backoff(first=0.02, factor=1.5, most=0.1))
 
 
-def relay(database: Database, transport: Any, **options: Any) -> Relay:
+def relay(database: Database, transport: Any, /, **options: Any) -> Relay:
     options = {"limits": QUICK, "drain_timeout": 5.0} | options
     return Relay(database.outbox, database=options.pop("database", database.url), transport=transport, **options)
 

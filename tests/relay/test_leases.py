@@ -177,7 +177,7 @@ async def test_a_key_that_another_relay_released_meanwhile_flows_again(database:
         await eventually(lambda: database.count("parked") == 1)
         expire(database)
         store = open_store(database.url, database.tables)
-        other = Leases(store, 1.0)
+        other = Leases(store, 30.0)
         await other.renew()
         row = await store.run(lambda c: parking.due(c, database.tables, range(64), (), 10))  # type: ignore[arg-type]
         while not row:

@@ -204,6 +204,18 @@ async def test_statements_are_prepared_only_where_the_engine_prepares_them(
     await store.close()
 
 
+async def test_a_connection_that_has_prepared_statements_can_be_borrowed(on_postgresql: Database) -> None:
+    """Both of its wrappers number their statements from zero."""
+    engine = sa.create_engine(sa.make_url(on_postgresql.url).set(drivername="postgresql+psycopg"), pool_size=1)
+    store = PostgresqlStore(on_postgresql.tables, engine, ours=True)
+    for _ in range(8):
+        await store.run(lambda c: c.execute(sa.text("select 1")))
+    for _ in range(8):
+        await store.read(None, (), (), 10)
+        await store.settle([1])
+    await store.close()
+
+
 async def test_a_cancelled_transaction_has_ended_before_the_next_one_begins(on_postgresql: Database) -> None:
     """Else a renewal that was cancelled could take the leases again, after they were given back."""
     store = store_of(on_postgresql)

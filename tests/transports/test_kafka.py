@@ -155,6 +155,20 @@ async def test_a_new_partition_is_used_and_keys_move_as_java_moves_them(
     assert places == {(b"key-%d" % k, (murmur2(b"key-%d" % k) & 0x7FFFFFFF) % 5) for k in range(40)}
 
 
+async def test_compressed_batches_come_out_as_they_went_in(opened: Open, kafka_url: str, name: str) -> None:
+    transport = opened(kafka_url, compression_type="gzip")
+    await transport.declare([name], partitions=2)
+    await Sending(transport, numbered(name, 1000)).run()
+    assert first_deliveries(await read_all(transport, name)) == in_order(1000)
+
+
+async def test_a_session_that_the_broker_does_not_allow_is_a_mistake(opened: Open, kafka_url: str, name: str) -> None:
+    transport = opened(kafka_url, session_timeout_ms=100)
+    await transport.declare([name], partitions=1)
+    with pytest.raises(ConfigurationError, match=r"session_timeout_ms=100 is not between"):
+        await transport.subscribe([name], name, window=10)
+
+
 async def test_offsets_of_transactions_leave_no_gap(opened: Open, kafka_url: str, name: str) -> None:
     transport = opened(kafka_url)
     await transport.declare([name], partitions=1)
@@ -328,7 +342,7 @@ async def test_a_port_that_hangs_up_gets_a_hint(opened: Open) -> None:
 
     server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    with pytest.raises(Unavailable, match="does that port want TLS"):
+    with pytest.raises(Unavailable, match="hangs up at once; is its security_protocol PLAINTEXT"):
         await opened(f"kafka://127.0.0.1:{port}").connect()
     server.close()
 

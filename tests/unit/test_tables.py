@@ -159,7 +159,7 @@ def test_a_naming_convention_does_not_change_our_names(convention: Any) -> None:
     metadata = sa.MetaData(naming_convention=convention) if convention else sa.MetaData()
     assert constraint_names(Outbox(metadata).tables, dialect) == plain
     assert {"outbox_message_pkey", "outbox_dead_letter_key", "outbox_parked_key_idx"} <= plain
-    assert len(plain) == len(NAMES) + 1 + sum(len(table.indexes) for table in Outbox().tables.all)
+    assert len(plain) == len(NAMES) + 1 + 2 + sum(len(table.indexes) for table in Outbox().tables.all)
 
 
 def test_every_constraint_and_index_has_a_name_of_ours() -> None:

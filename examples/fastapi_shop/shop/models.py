@@ -1,0 +1,27 @@
+"""The shop's own tables."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+from sqlalchemy import ForeignKey, Numeric, String
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Order(Base):
+    __tablename__ = "shop_order"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    customer: Mapped[str] = mapped_column(String(100))
+    total: Mapped[Decimal] = mapped_column(Numeric(12, 2))
+
+
+class Charge(Base):
+    __tablename__ = "charge"
+
+    order_id: Mapped[int] = mapped_column(ForeignKey("shop_order.id"), primary_key=True)
+    amount: Mapped[Decimal] = mapped_column(Numeric(12, 2))

@@ -1,0 +1,123 @@
+"""A Kafka with TLS, SASL and access rights, as a local process."""
+
+from __future__ import annotations
+
+import base64
+import subprocess
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.services.install import jars, java
+from tests.services.kafka import JAVA, LOG4J, POM, SETTINGS, VERSION
+from tests.services.process import LocalProcess, can_connect, free_port, new_folder, run_as
+from tests.services.service import StartFailed
+from tests.services.waiting import wait_until
+
+ADMIN_TIMEOUT = 60  # seconds for Kafka's own command, which is another Java
+
+
+@dataclass
+class SecuredKafka:
+    """``app`` with the password ``pw`` is a user without any rights; who comes through `internal` may do all."""
+
+    control: LocalProcess
+    folder: Path
+    runtime: str
+    classpath: str
+    internal: int
+    sasl: int
+    sasl_ssl: int
+
+    def url(self, listener: str, *, user: str = "app:pw@", **parameters: Any) -> str:
+        protocol, port = {
+            "internal": ("PLAINTEXT", self.internal),
+            "sasl": ("SASL_PLAINTEXT", self.sasl),
+            "sasl_ssl": ("SASL_SSL", self.sasl_ssl),
+        }[listener]
+        query = {"security_protocol": protocol, "delivery_timeout_ms": 5000} | parameters
+        host = "127.0.0.1" if listener == "internal" else "localhost"
+        return f"kafka://{user}{host}:{port}?" + "&".join(f"{name}={value}" for name, value in query.items())
+
+    def allow(self, *operations: str, **resource: str) -> None:
+        """Let ``app`` do these operations on ``topic=…`` or ``group=…``."""
+        command = [self.runtime, "-cp", self.classpath, "org.apache.kafka.tools.AclCommand"]
+        command += ["--bootstrap-server", f"127.0.0.1:{self.internal}", "--add", "--allow-principal", "User:app"]
+        for operation in operations:
+            command += ["--operation", operation]
+        for kind, name in resource.items():
+            command += [f"--{kind}", name]
+        subprocess.run(command, check=True, capture_output=True, timeout=ADMIN_TIMEOUT)
+
+
+def start() -> SecuredKafka:
+    """Raises `Unavailable` where this machine has neither Java nor Kafka's jars and may not fetch them."""
+    runtime, classpath = java(JAVA), f"{jars(f'kafka-{VERSION}', POM)}/*"
+    folder = new_folder("kafka-secured", detached=False)
+    _certificates(folder)
+    controller, internal, sasl, sasl_ssl = (free_port() for _ in range(4))
+    doors = f"PLAINTEXT://127.0.0.1:{internal},SASL_PLAINTEXT://localhost:{sasl},SASL_SSL://localhost:{sasl_ssl}"
+    settings = SETTINGS | {
+        "controller.quorum.voters": f"1@127.0.0.1:{controller}",
+        "listeners": f"{doors},CONTROLLER://127.0.0.1:{controller}",
+        "advertised.listeners": doors,
+        "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,"
+        "SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL",
+        "log.dirs": str(folder / "data"),
+        "ssl.keystore.type": "PEM",
+        "ssl.keystore.location": str(folder / "keystore.pem"),
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": "User:ANONYMOUS",
+    }
+    for listener in ("sasl_plaintext", "sasl_ssl"):
+        security = "org.apache.kafka.common.security"
+        settings |= {
+            f"listener.name.{listener}.sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-512",
+            f"listener.name.{listener}.plain.sasl.jaas.config": f'{security}.plain.PlainLoginModule required user_app="pw";',
+            f"listener.name.{listener}.scram-sha-512.sasl.jaas.config": f"{security}.scram.ScramLoginModule required;",
+        }
+    (folder / "server.properties").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+    (folder / "log4j2.properties").write_text(LOG4J)
+    machine = [runtime, "-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
+    machine += ["-Dlog4j2.configurationFile=log4j2.properties", "-cp", classpath]
+    cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+    format_command = ["kafka.tools.StorageTool", "format", "-t", cluster, "-c", "server.properties"]
+    run_as(None, [*machine, *format_command, "--add-scram", "SCRAM-SHA-512=[name=app,password=pw]"], cwd=folder)
+    control = LocalProcess([*machine, "kafka.Kafka", "server.properties"], folder, discard_by_kill=True)
+    control.start()
+    if not wait_until(lambda: can_connect("localhost", sasl_ssl) or not control.running(), 60) or not control.running():
+        log = control.log()
+        control.discard()
+        raise StartFailed(log)
+    return SecuredKafka(control, folder, runtime, classpath, internal, sasl, sasl_ssl)
+
+
+def _certificates(folder: Path) -> None:
+    """ca.pem signs the broker's certificate; other.pem is an authority that does not."""
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    new_key = ("-newkey", "rsa:2048", "-nodes")
+    for name in ("ca", "other"):
+        openssl(
+            "req",
+            "-x509",
+            *new_key,
+            "-keyout",
+            f"{name}.key",
+            "-out",
+            f"{name}.pem",
+            "-days",
+            "30",
+            "-subj",
+            "/CN=test",
+        )
+    openssl("req", *new_key, "-keyout", "broker.key", "-out", "broker.csr", "-subj", "/CN=localhost")
+    (folder / "names").write_text("subjectAltName=DNS:localhost")
+    signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "30", "-extfile", "names")
+    openssl("x509", "-req", "-in", "broker.csr", "-out", "broker.pem", *signing)
+    openssl("pkcs8", "-topk8", "-nocrypt", "-in", "broker.key", "-out", "broker.pkcs8")
+    parts = [(folder / name).read_text() for name in ("broker.pkcs8", "broker.pem", "ca.pem")]
+    (folder / "keystore.pem").write_text("".join(parts))
