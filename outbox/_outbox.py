@@ -158,7 +158,7 @@ class Outbox:
         target = _resolve(where)
         built: list[staging.Built] = []
         for message in messages:
-            if isinstance(message, Mapping) and declaration(type(message)) is None:
+            if type(message) is dict or (isinstance(message, Mapping) and declaration(type(message)) is None):
                 if not _REQUIRED <= message.keys() <= _ARGUMENTS:
                     raise TypeError(
                         f"add_all: a mapping needs 'topic' and 'payload' and may have {sorted(_ARGUMENTS)}; got "

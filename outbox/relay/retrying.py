@@ -181,8 +181,11 @@ class Retrying:
 
     def try_due(self, heads: Sequence[Due]) -> None:
         """Begin to try each of these. Not those that are being tried, or were since they were looked for."""
+        owned = self.flow.owned() if heads else []
         for head in heads:
             name = _name(head.row)
+            if head.row.bucket not in owned or self._fails(head.row):
+                continue  # a call that may hold its successors is under way: what it would tell is about them, too
             if name not in self._tries and name not in self._tried and len(self._tries) < HEADS_AT_ONCE:
                 self._trying[head.row.bucket] += 1
                 task = self._tries[name] = asyncio.create_task(self._try(head))

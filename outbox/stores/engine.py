@@ -66,9 +66,10 @@ def engine_for(database: Database | None, *, pool_size: int | None = None) -> sa
     return _create_async(url, pool_size) if _is_async(url) else _create(url, pool_size)
 
 
-def sync_engine_for(database: Database | None, *, pool_size: int | None = None) -> sa.Engine:
+def sync_engine_for(database: Database | None, *, pool_size: int | None = None, pre_ping: bool = True) -> sa.Engine:
     """As `engine_for`, always a sync engine: a URL with an async driver is read as that database's sync driver.
-    Raises `ConfigurationError` for an ``AsyncEngine``, which has none."""
+    ``pre_ping``: ask each connection whether it still lives before it is used, which is a round trip. Raises
+    `ConfigurationError` for an ``AsyncEngine``, which has none."""
     given = _given(database)
     if given is not None:
         if not isinstance(given, sa.Engine):
@@ -78,10 +79,10 @@ def sync_engine_for(database: Database | None, *, pool_size: int | None = None) 
         _check_dialect(given.dialect.name)
         return given
     url = database_url(database)
-    return _create(_with_driver(url, 0) if _is_async(url) else url, pool_size)
+    return _create(_with_driver(url, 0) if _is_async(url) else url, pool_size, pre_ping)
 
 
-def async_engine_for(database: Database | None, *, pool_size: int | None = None) -> AsyncEngine:
+def async_engine_for(database: Database | None, *, pool_size: int | None = None, pre_ping: bool = True) -> AsyncEngine:
     """As `engine_for`, always an async engine: a URL with a sync driver is read as that database's async driver.
     Raises `ConfigurationError` for a sync ``Engine``, which has none."""
     given = _given(database)
@@ -93,7 +94,7 @@ def async_engine_for(database: Database | None, *, pool_size: int | None = None)
         _check_dialect(given.dialect.name)
         return given
     url = database_url(database)
-    return _create_async(url if _is_async(url) else _with_driver(url, 1), pool_size)
+    return _create_async(url if _is_async(url) else _with_driver(url, 1), pool_size, pre_ping)
 
 
 def is_engine(database: object) -> bool:
@@ -171,7 +172,7 @@ def _with_driver(url: sa.URL, which: int) -> sa.URL:
     return url.set(drivername=f"{backend}+{_DRIVERS[backend][which]}")
 
 
-def _options(url: sa.URL, pool_size: int | None) -> dict[str, Any]:
+def _options(url: sa.URL, pool_size: int | None, pre_ping: bool) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if url.get_backend_name() == "sqlite":
         options["connect_args"] = {"timeout": SQLITE_BUSY_SECONDS}
@@ -179,26 +180,26 @@ def _options(url: sa.URL, pool_size: int | None) -> dict[str, Any]:
             return options  # such a database has a pool of its own kind, of one connection a thread
     else:
         # a connection that died while it waited in the pool is found out before it is used
-        options["pool_pre_ping"] = True
+        options["pool_pre_ping"] = pre_ping
     if pool_size is not None:
         options["pool_size"] = pool_size
     return options
 
 
-def _create(url: sa.URL, pool_size: int | None) -> sa.Engine:
+def _create(url: sa.URL, pool_size: int | None, pre_ping: bool = True) -> sa.Engine:
     try:
-        engine = sa.create_engine(url, **_options(url, pool_size))
+        engine = sa.create_engine(url, **_options(url, pool_size, pre_ping))
     except ImportError as error:
         raise _missing(url, error) from error
     _prepare(engine)
     return engine
 
 
-def _create_async(url: sa.URL, pool_size: int | None) -> AsyncEngine:
+def _create_async(url: sa.URL, pool_size: int | None, pre_ping: bool = True) -> AsyncEngine:
     try:
         from sqlalchemy.ext.asyncio import create_async_engine
 
-        engine = create_async_engine(url, **_options(url, pool_size))
+        engine = create_async_engine(url, **_options(url, pool_size, pre_ping))
     except (ImportError, ValueError) as error:
         # SQLAlchemy says a missing greenlet with a ValueError
         if isinstance(error, ValueError) and "greenlet" not in str(error):

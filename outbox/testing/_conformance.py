@@ -66,6 +66,8 @@ class Conformance:
     quiet: float = 1.0
     """Seconds without a message that tell that there is none."""
     partitions: int = 4
+    notices_namesakes: bool = True
+    """Of two processes that join as one static member, all but one are told so."""
     missing_topics: bool = True
     """A topic that nobody declared is `unavailable`. False where it comes into being when it is written to."""
 

@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 
-from outbox.testing._conformance import Conformance, Open, Place, ids, numbered, place_of
+from outbox.errors import ConfigurationError
+from outbox.testing._conformance import Conformance, Open, Place, ids, message, numbered, place_of
 from outbox.transport import Delivery, Subscription, Transport
 
 
@@ -139,6 +140,31 @@ class Groups(Conformance):
         again = await transport.subscribe([topic], group, window=100, member="one")
         assert len(await self.read(again, 40)) == 40
         assert time.monotonic() - begun < 3
+
+    async def test_of_two_processes_under_one_member_name_one_is_told_and_the_other_goes_on(
+        self, opened: Open, transport: Transport, topic: str, group: str
+    ) -> None:
+        if not self.notices_namesakes or not transport.capabilities.partitions:
+            pytest.skip("namesakes are not noticed")
+        both = [await one.subscribe([topic], group, window=100, member="one") for one in (opened(), opened())]
+        await self.send(transport, numbered(topic, 10))
+        told: list[Subscription] = []
+
+        async def one_is_told() -> bool:
+            for subscription in both:
+                try:
+                    await subscription.ack(await subscription.fetch(100, 0.1))
+                except ConfigurationError as error:
+                    assert "member name of its own" in str(error)
+                    told.append(subscription)
+            return bool(told)
+
+        await self.until(one_is_told)
+        (other,) = [subscription for subscription in both if subscription not in told]
+        await self.read_until_quiet(other)
+        await self.send(transport, [message(topic, "k", b"more")])
+        found = await self.read(other, 1)
+        assert b"more" in {delivery.payload for delivery in found}
 
     async def test_only_the_first_window_is_suspect(self, transport: Transport, topic: str, group: str) -> None:
         if not transport.capabilities.partitions:

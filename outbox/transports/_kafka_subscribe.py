@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import time
 from collections import deque
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -18,14 +18,17 @@ from outbox.transport import Delivery, Revoked
 from outbox.transports._kafka_client import cancel, describe, diagnose, ended, hang_up, unavailable
 from outbox.transports._kafka_settings import Settings
 from outbox.transports._offsets import Offsets
+from outbox.transports._revoking import LET_GO, ask_to_let_go
+from outbox.transports._waiting import wait
 
 logger = logging.getLogger("outbox.transports")
 
 COMMIT: Final = 0.2
 """Seconds between commits, at the most."""
 
-LET_GO: Final = 60.0
-"""Seconds that the consumer may take over partitions it is asked to give up; meanwhile the whole group waits."""
+TAKEN_AWAY: Final = (3, 60.0)
+"""A static member that lost its place so often in so many seconds has a namesake. aiokafka does not tell (it sends heartbeats
+of a version that knows no static members): both would take the place from each other for ever and read everything twice."""
 
 CLOSE: Final = 5.0
 """Seconds for the last commit, and again for leaving the group."""
@@ -65,6 +68,7 @@ class KafkaSubscription:
         self._topics = sorted(set(topics))
         self._group = group
         self._window = window
+        self._member = member
         self._revoked = revoked
         self._consumer = self._make(member)
         self._held: dict[_Place, Held] = {}
@@ -74,7 +78,9 @@ class KafkaSubscription:
         self._awake = asyncio.Event()
         self._commit_now = asyncio.Event()
         self._committing = asyncio.Lock()
-        self._ends = asyncio.Event()
+        self._letting_go: asyncio.Task[None] | None = None
+        self._lost_at: deque[float] = deque(maxlen=TAKEN_AWAY[0])
+        self._failure: ConfigurationError | None = None
         self._keeper: asyncio.Task[None] | None = None
         self.closed = False
 
@@ -129,6 +135,8 @@ class KafkaSubscription:
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout
         while not self._ended():
+            if self._failure is not None:
+                raise self._failure
             self._awake.clear()
             deliveries = self._hand_out(limit)
             if deliveries:
@@ -139,7 +147,7 @@ class KafkaSubscription:
                 if await self._read(wanted, room, max(0.0, left)):
                     continue
             elif left > 0:
-                await _wait(self._awake, left)
+                await wait(self._awake, left)
             if clock() >= deadline:
                 break
         if not self._ended():
@@ -282,7 +290,7 @@ class KafkaSubscription:
 
     async def _keep(self) -> None:
         while not self.closed:
-            await _wait(self._commit_now, COMMIT)
+            await wait(self._commit_now, COMMIT)
             self._commit_now.clear()
             await self._commit()
 
@@ -314,21 +322,21 @@ class KafkaSubscription:
     async def give_up(self, revoked: Iterable[TopicPartition]) -> None:
         self._rebalancing = True
         places = frozenset((place.topic, place.partition) for place in revoked) & self._held.keys()
-        if places and self._revoked is not None:
-            await self._until_let_go(self._revoked(places), places)
+        if self._member is not None and places and not self._consumer._coordinator.member_id:
+            self._lost_at.append(time.monotonic())
+        # As a task, so that `close` can end it.
+        self._letting_go = asyncio.get_running_loop().create_task(ask_to_let_go(self._revoked, places, self._group))
+        await asyncio.wait({self._letting_go})
         await self._commit()
         self._held.clear()
-
-    async def _until_let_go(self, told: Coroutine[Any, Any, None] | Any, places: frozenset[_Place]) -> None:
-        task = asyncio.ensure_future(told)
-        ends = asyncio.ensure_future(self._ends.wait())
-        await asyncio.wait({task, ends}, timeout=LET_GO, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done() and not self._ends.is_set():
-            logger.warning("group %s: gave up %s with messages under way", self._group, sorted(places))
-        waited = cancel([task, ends])
-        await ended(waited)
-        if task.done() and not task.cancelled() and task.exception() is not None:
-            logger.error("group %s: the callback for revoked partitions failed", self._group, exc_info=task.exception())
+        times, seconds = TAKEN_AWAY
+        if len(self._lost_at) == times and self._lost_at[-1] - self._lost_at[0] < seconds:
+            self._failure = ConfigurationError(
+                f"another process keeps joining group {self._group!r} as member {self._member!r}; "
+                "each process needs a member name of its own"
+            )
+            self._awake.set()
+            await asyncio.Event().wait()  # until `close`: to join again would take the place from the other once more
 
     def take(self, assigned: Iterable[TopicPartition]) -> None:
         self._held = {(place.topic, place.partition): Held() for place in assigned}
@@ -360,8 +368,7 @@ class KafkaSubscription:
     async def _stop_keeping(self) -> None:
         self.closed = True
         self._awake.set()
-        self._ends.set()
-        await ended(cancel([self._keeper]))
+        await ended(cancel([self._keeper, self._letting_go]))
 
     async def _cut(self) -> None:
         consumer = self._consumer
@@ -389,10 +396,3 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ha
 
     async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         self._subscription.take(assigned)
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    # Not asyncio.wait_for: in Python 3.11 that can swallow a cancellation.
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import uuid
 from collections.abc import Coroutine, Sequence
@@ -14,6 +13,8 @@ from outbox.transport import Delivery, Revoked
 from outbox.transports._group import Group, Member, Owned, Replaced, TopicPartition
 from outbox.transports._log import Log, Stored, Topic, unpack_headers
 from outbox.transports._offsets import Offsets, Progress
+from outbox.transports._revoking import ask_to_let_go
+from outbox.transports._waiting import wait
 
 logger = logging.getLogger("outbox.transports")
 
@@ -23,9 +24,6 @@ POLL: Final = (0.005, 0.05)
 
 TEND: Final = 0.2
 """Seconds between commits and beats, at the most."""
-
-LET_GO: Final = 60.0
-"""Seconds that the consumer may take over a partition it is asked to give up."""
 
 CLOSE: Final = 5.0
 """Seconds for the last commit."""
@@ -131,7 +129,7 @@ class LogSubscription:
             left = deadline - clock()
             if left <= 0:
                 break
-            await _wait(self._awake, min(left, pause))
+            await wait(self._awake, min(left, pause))
             pause = min(2 * pause, POLL[1])
         return []
 
@@ -213,7 +211,7 @@ class LogSubscription:
     async def _keep(self) -> None:
         trouble = ""
         while not self.closed:
-            await _wait(self._tend_now, min(TEND, self._member.session / 4))
+            await wait(self._tend_now, min(TEND, self._member.session / 4))
             self._tend_now.clear()
             try:
                 await self._tend()
@@ -295,14 +293,7 @@ class LogSubscription:
             self._spawn(self._let_go(places, lost=True))
 
     async def _let_go(self, places: frozenset[TopicPartition], *, lost: bool) -> None:
-        if self._revoked is not None:
-            try:
-                async with asyncio.timeout(LET_GO):
-                    await self._revoked(places)
-            except TimeoutError:
-                logger.warning("group %s: gave up %s with messages under way", self._group, sorted(places))
-            except Exception:
-                logger.exception("group %s: the callback for revoked partitions failed", self._group)
+        await ask_to_let_go(self._revoked, places, self._group)
         if lost:
             self._leaving -= places
         else:
@@ -342,10 +333,3 @@ class LogSubscription:
             except (OutboxError, TimeoutError) as error:
                 logger.warning("group %s: the last commit failed: %s", self._group, error or "timed out")
         await self._log.close(abort=True)
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    # Not asyncio.wait_for: in Python 3.11 that can swallow a cancellation.
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()

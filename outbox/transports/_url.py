@@ -110,21 +110,19 @@ def require_known(url: Url, known: Collection[str]) -> None:
 def redacted(text: str) -> str:
     """The URL with *** in place of its password and of every parameter that holds a secret, fit for logs.
 
-    Where it cannot be told which part is the password (one that was not percent-encoded), all after the scheme goes.
+    With an '@' behind the first '?', which a password that was not percent-encoded may have brought there, it cannot be told
+    what is secret: then all after the scheme is ***.
     """
     head, question, query = text.partition("?")
     scheme, separator, body = head.partition("://")
+    if "@" in query:
+        return f"{scheme.partition(':')[0]}://***"
     if not separator:
         return head + _redacted_query(question + query)
-    user, at, rest = body.rpartition("@")
-    if at:
-        name, colon, _ = user.partition(":")
-        # A '/' before the '@' is part of the password, and so is whatever else is there.
-        return f"{scheme}://{name}{':***' if colon else ''}@{rest}{_redacted_query(question + query)}"
-    authority = body.partition("/")[0]
-    if "@" in query and authority and not _HOSTS.fullmatch(authority):
-        return f"{scheme}://***"
-    return head + _redacted_query(question + query)
+    user, at, rest = body.rpartition("@")  # a '/' or '@' before the last '@' is part of the password
+    name, colon, _ = user.partition(":")
+    shown = f"{name}{':***' if colon else ''}@{rest}" if at else body
+    return f"{scheme}://{shown}{_redacted_query(question + query)}"
 
 
 def _redacted_query(query: str) -> str:

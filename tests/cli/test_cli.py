@@ -100,6 +100,19 @@ def test_an_app_that_cannot_be_had_is_named(folder: Path, verb: str, app: str, w
     refused(run(verb, "--app", app, "--database", "sqlite:///shop.db", folder=folder), 2, app, *words)
 
 
+@pytest.mark.parametrize(
+    ("consumer", "words"),
+    [
+        ("shop", "write module:name"),
+        ("shpo:billing", "no module 'shpo'"),
+        ("shop:billing", "shop has no 'billing'"),
+        ("shop:outbox", "this is a Outbox, not a Consumer"),
+    ],
+)
+def test_a_consumer_that_cannot_be_had_is_named(folder: Path, consumer: str, words: str) -> None:
+    refused(outbox("consume", consumer, folder=folder), 2, consumer, words)
+
+
 def test_an_app_and_a_schema_contradict_each_other(folder: Path) -> None:
     done = run("status", "--app", "shop:outbox", "--prefix", "x_", folder=folder)
     refused(done, 2, "--schema and --prefix say nothing beside --app")

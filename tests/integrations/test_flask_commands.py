@@ -113,3 +113,19 @@ def test_flask_finds_the_commands_by_itself(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Nothing waits to be sent.")
     assert flask("status", "--fail-if-older", "soon").returncode == 2
+
+
+def test_where_there_is_no_flask_sqlalchemy_other_commands_of_flask_still_work() -> None:
+    """Every `flask` command imports our group; only what needs Flask-SQLAlchemy may miss it."""
+    script = (
+        "import sys; sys.modules['flask_sqlalchemy'] = None\n"
+        "import outbox, outbox_flask.commands\n"
+        "assert 'outbox.cli' not in sys.modules\n"
+        "try:\n    outbox_flask.Outbox\n"
+        "except outbox.MissingExtra as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert done.stdout == (
+        "outbox_flask needs Flask-SQLAlchemy, which is not installed: pip install 'pyoutbox[flask]'\n"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -129,3 +131,22 @@ def announce_every_new_order(session: Session) -> None:
         for order in session.new:
             if isinstance(order, Order):
                 outbox.add(session, "orders", order.name.encode())
+
+
+LATE = """
+import sys, sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+engine = sa.create_engine(sys.argv[1])
+with Session(engine) as session, session.begin():
+    session.execute(sa.text("INSERT INTO shop_order (name) VALUES ('a')"))
+    from outbox import Outbox
+    Outbox().add(session, "orders", b"a")
+engine.dispose()
+"""
+
+
+def test_a_session_that_began_before_the_first_outbox_of_the_process(shop: Shop) -> None:
+    url = shop.engine.url.render_as_string(hide_password=False)
+    subprocess.run([sys.executable, "-c", LATE, url], check=True)
+    assert shop.holds("a")

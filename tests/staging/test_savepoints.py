@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -242,6 +243,20 @@ def test_a_savepoint_of_the_connection_from_before_anything_was_staged_takes_all
         session.execute(sa.delete(Order))
         place(session, "b")
     assert shop.holds("b")
+
+
+def test_savepoints_are_known_though_a_listener_puts_comments_into_every_statement(shop: Shop) -> None:
+    @sa.event.listens_for(shop.engine, "before_cursor_execute", retval=True)
+    def comment(connection: object, cursor: object, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+        return f"/* shop */ {statement} /* end */", parameters
+
+    with Session(shop.engine) as session, session.begin():
+        place(session, "a")
+        session.flush()
+        savepoint = session.connection().begin_nested()
+        tell(session, "b")
+        savepoint.rollback()
+    assert shop.holds("a")
 
 
 def test_savepoints_from_before_the_first_outbox_of_the_process_do_not_confuse_later_ones(shop: Shop) -> None:

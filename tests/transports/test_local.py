@@ -165,19 +165,6 @@ async def test_a_static_member_that_was_killed_has_its_partitions_back_long_befo
     second.send_signal(signal.SIGKILL)
 
 
-async def test_a_second_process_under_the_name_of_a_member_ends_the_first(log: Transport) -> None:
-    await log.declare(["t"])
-    first = await log.subscribe(["t"], "g", window=10, member="pod-0")
-    await log.subscribe(["t"], "g", window=10, member="pod-0")
-    with pytest.raises(ConfigurationError, match="member name of its own"):
-        await asyncio.wait_for(fetch_for_ever(first), 10)
-
-
-async def fetch_for_ever(subscription: object) -> None:
-    while True:
-        await subscription.fetch(10, 0.1)  # type: ignore[attr-defined]
-
-
 async def test_a_consumer_in_another_process_gets_a_message_within_the_poll(
     log: Transport, path: Path, start: Start
 ) -> None:

@@ -180,13 +180,15 @@ def test_a_url_that_was_printed_is_refused(url: str) -> None:
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
-        ("kafka://host:9092,two:1?client_id=a@b", "kafka://host:9092,two:1?client_id=a@b"),
+        ("kafka://host:9092,two:1?client_id=a%40b", "kafka://host:9092,two:1?client_id=a%40b"),
         ("kafka://user:secret@host:9092", "kafka://user:***@host:9092"),
         ("kafka://user@host", "kafka://user@host"),
         ("kafka://user:se:cret@host?x=1", "kafka://user:***@host?x=1"),
         ("kafka://user:secr/et@host", "kafka://user:***@host"),
         ("kafka://user:secr@et@host", "kafka://user:***@host"),
         ("kafka://user:secr?et@host", "kafka://***"),
+        ("kafka://user:se@cr?et@host", "kafka://***"),
+        ("kafka://user:12?et=1@host", "kafka://***"),
         (
             "kafka://h?password=secret&ssl_password=secret&client_id=x",
             "kafka://h?password=***&ssl_password=***&client_id=x",

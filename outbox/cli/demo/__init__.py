@@ -234,14 +234,17 @@ class Demo:
         return self._scalar(self.shop, sa.select(sa.func.count()).select_from(outbox.tables.message))
 
     def _handled(self) -> int:
+        """Orders that have their effect, or a dead letter."""
         from outbox.cli.demo.shop import outbox
 
-        return self._scalar(self.billing, sa.select(sa.func.count()).select_from(outbox.tables.inbox))
+        return self._charged() + self._scalar(
+            self.billing, sa.select(sa.func.count()).select_from(outbox.tables.dead_letter)
+        )
 
     def _charged(self) -> int:
         from outbox.cli.demo.shop import Charge
 
-        return self._scalar(self.billing, sa.select(sa.func.count()).select_from(Charge))
+        return self._scalar(self.billing, sa.select(sa.func.count(sa.distinct(Charge.order_id))))
 
     def _replay(self) -> int:
         from outbox import DeadLetters

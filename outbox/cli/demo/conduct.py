@@ -142,4 +142,4 @@ def wait_until(done: Callable[[], bool], children: list[Child], seconds: float, 
         if time.monotonic() > deadline:
             logs = "\n".join(f"--- {child.name}\n{child.tail()}" for child in children)
             raise DemoFailed(f"{what} did not happen within {seconds:.0f} s\n{logs}")
-        time.sleep(0.1)
+        time.sleep(0.2)
