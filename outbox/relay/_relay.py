@@ -52,8 +52,8 @@ class Relay:
 
     ``database``: URL, `sqlalchemy.URL`, `Engine` or `AsyncEngine`; None takes it from ``OUTBOX_DATABASE``.
     ``transport``: URL or `Transport` (which is the relay's from then on: it closes it); None takes it from
-    ``OUTBOX_TRANSPORT``. ``lease``: seconds after which a dead relay's share is taken over. ``drain_timeout``: seconds that a stop may take before what is in flight is left to be
-    sent again. Other limits: `Limits`.
+    ``OUTBOX_TRANSPORT``. ``lease``: seconds after which a dead relay's share is taken over. ``drain_timeout``: seconds
+    that a stop may take before what is in flight is left to be sent again. Other limits: `Limits`.
 
     Several relays on one outbox share the buckets evenly. A message is removed only after the broker's acknowledgement:
     a crash in between sends it again under the same id. While the broker is away nothing is lost and no attempt is spent.

@@ -294,16 +294,17 @@ class KafkaSubscription:
             self._commit_now.clear()
             await self._commit()
 
-    async def _commit(self, timeout: float = CLOSE) -> None:
-        """Commit how far all is done. Never raises: what is not committed is so at the next time, or comes again."""
+    async def _commit(self) -> bool:
+        """Commit how far all is done. What cannot be committed is so at the next time, or comes again. Returns whether the
+        broker answered, as far as it was asked."""
         async with self._committing:
             progress = {
                 place: (held, held.offsets.progress) for place, held in self._held.items() if held.offsets.dirty
             }
             if not progress:
-                return
+                return True
             try:
-                async with asyncio.timeout(timeout):
+                async with asyncio.timeout(CLOSE):
                     await self._consumer.commit(
                         {TopicPartition(*place): p.position for place, (_, p) in progress.items()}
                     )
@@ -311,11 +312,13 @@ class KafkaSubscription:
                 # The group went on without us: the partitions are others' now, who get the messages again.
                 logger.warning("group %s: offsets are not committed, the group has rebalanced: %s", self._group, error)
             except (errors.KafkaError, TimeoutError) as error:
-                logger.warning("group %s: cannot commit now: %s", self._group, error or type(error).__name__)
+                logger.warning("group %s: cannot commit now: %s", self._group, str(error) or type(error).__name__)
+                return False
             else:
                 for held, reached in progress.values():
                     held.offsets.committed = reached
                 self._awake.set()
+            return True
 
     # ---- called by aiokafka while the group rebalances
 
@@ -352,11 +355,11 @@ class KafkaSubscription:
         if self.closed:
             return
         await self._stop_keeping()
-        await self._commit()
-        stopping = asyncio.get_running_loop().create_task(self._consumer.stop())
-        # It waits for a rebalance to end, and for brokers that do not answer.
-        await asyncio.wait({stopping}, timeout=CLOSE)
-        await ended(cancel([stopping]))
+        if self._failure is None and await self._commit():
+            stopping = asyncio.get_running_loop().create_task(self._consumer.stop())
+            # It waits for a rebalance to end, and for brokers that do not answer.
+            await asyncio.wait({stopping}, timeout=CLOSE)
+            await ended(cancel([stopping]))
         await self._cut()
 
     async def abandon(self) -> None:

@@ -331,5 +331,5 @@ class LogSubscription:
                 async with asyncio.timeout(CLOSE):
                     await self._log.run(self._log.with_group, self._group, leave)
             except (OutboxError, TimeoutError) as error:
-                logger.warning("group %s: the last commit failed: %s", self._group, error or "timed out")
+                logger.warning("group %s: the last commit failed: %s", self._group, str(error) or "timed out")
         await self._log.close(abort=True)
