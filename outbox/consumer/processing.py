@@ -67,9 +67,10 @@ class Database:
         await self._up.wait()
 
     def worked(self) -> None:
-        """A transaction has succeeded."""
-        self._troubles = 0
-        self._state.database = None
+        """A transaction has succeeded. One that was committed before the database failed, and is heard of after, says nothing."""
+        if self._up.is_set():
+            self._troubles = 0
+            self._state.database = None
 
     def failed(self, trouble: DatabaseTrouble) -> None:
         """It failed: nothing is begun until a probe succeeds, which is tried after a back-off that grows while troubles

@@ -89,7 +89,8 @@ class Flow:
         self._publishing: dict[asyncio.Task[None], None] = {}  # in the order of their beginning
         self._acked: list[Outgoing] = []
         self._quiet = False  # nothing new is handed over until all that was handed over has been answered
-        self._dropped: set[ParkedKey] = set()  # keys of what was dropped, to be read again, since it is quiet
+        # Key to first position, of what was dropped to be read again since it is quiet
+        self._dropped: dict[ParkedKey, int] = {}
         self._failures: Counter[str] = Counter()  # of storing the fate of messages, in a row, by what was done
         self._resting_until = 0.0  # monotonic
         self._progress = asyncio.Event()
@@ -337,11 +338,11 @@ class Flow:
             self.forget("an unforeseen error")
             self.rest("publish")
 
-    async def publish(self, rows: Sequence[Outgoing]) -> list[Outcome]:
+    async def publish(self, rows: Sequence[Outgoing], *, parked: bool = False) -> list[Outcome]:
         """One call of the transport, if the leases are still ours; its circuits follow the outcomes."""
         if not self.leases.valid:
             return [Outcome.unavailable("the leases ran out before they could be renewed")] * len(rows)
-        return await publish(self.transport, rows, self.circuits)
+        return await publish(self.transport, rows, self.circuits, parked=parked)
 
     async def _publish(self, rows: list[Outgoing]) -> None:
         generation = self.generation
@@ -367,7 +368,9 @@ class Flow:
         """Not to be sent now. Nothing overtakes them: all that was handed over is answered before the next read."""
         if rows:
             rows = [*rows, *self._lanes_of(rows)]
-            self._dropped.update(key for row in rows if (key := key_of(row)) is not None)
+            for row in rows:
+                if (key := key_of(row)) is not None:
+                    self._dropped[key] = min(row.position, self._dropped.get(key, row.position))
             self._quiet = True
             self.drop(rows)
             self.store.rewind()
@@ -381,13 +384,17 @@ class Flow:
             if generation != self.generation:
                 return
         # a predecessor that is read again comes first, so these are too
-        again = {row.position for row, o in failed if o.kind == "retry" and key_of(row) in self._dropped}
+        again = {row.position for row, outcome in failed if outcome.kind == "retry" and self._follows_dropped(row)}
         self._read_again([row for row, _ in failed if row.position in again])
         failed = [(row, o) for row, o in failed if row.position not in again]
         waiting = self._lanes_of([row for row, o in failed if o.kind == "retry"])
         rows = [*(row for row, _ in failed), *waiting]
         if rows:
             await self.guarded(self.retrying.failed(failed, waiting), rows, generation)
+
+    def _follows_dropped(self, row: Outgoing) -> bool:
+        key = key_of(row)
+        return key is not None and self._dropped.get(key, row.position) < row.position
 
     async def guarded(self, work: Awaitable[None], rows: Sequence[Outgoing], generation: int) -> None:
         """A transaction about these rows. If it fails they are forgotten and read again, by whoever owns them then."""

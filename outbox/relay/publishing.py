@@ -16,14 +16,19 @@ log = logging.getLogger("outbox.relay")
 FEW = 16  # rows that are tried one by one, to find the one that a transport stumbles over
 
 
-async def publish(transport: Transport, rows: Sequence[Outgoing], circuits: Circuits) -> list[Outcome]:
+async def publish(
+    transport: Transport, rows: Sequence[Outgoing], circuits: Circuits, *, parked: bool = False
+) -> list[Outcome]:
     """An outcome for each row, in order; ``circuits`` follow them. A transport that raises breaks its contract, and
     holds up no one but the message it raises for."""
     try:
         outcomes = await _call(transport, rows)
     except Exception as error:
         log.error("the transport raised instead of answering for %d messages", len(rows), exc_info=error)
-        outcomes = await _one_by_one(transport, rows, error)
+        if parked and len(rows) == 1 and EVERYTHING not in circuits:
+            outcomes = [Outcome.retry(_said(error), error)]  # it failed before, while others got through
+        else:
+            outcomes = await _one_by_one(transport, rows, error)
     if outcomes.count(SENT) == len(outcomes):
         if circuits:
             _works(circuits, {row.topic for row in rows})

@@ -228,7 +228,7 @@ class Retrying:
         rows, attempts = [head.row], head.attempts
         while rows:
             generation = self.flow.generation
-            outcomes = await self.flow.publish(rows)
+            outcomes = await self.flow.publish(rows, parked=True)
             good, parked, stopped = [], True, False
             for row, outcome in zip(rows, outcomes, strict=True):
                 if outcome.kind == "sent":

@@ -155,8 +155,7 @@ class KafkaSubscription:
         return []
 
     def _ended(self) -> bool:
-        """`closed`, in a form that a type checker does not take for constant across an await."""
-        return self.closed
+        return self.closed  # in a form that a type checker does not take for constant across an await
 
     def _room(self, held: Held) -> int:
         """How much more of the partition may be handed out. Bounded by what is not committed, not by what is not acked: a

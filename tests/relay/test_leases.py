@@ -12,8 +12,8 @@ import pytest
 import sqlalchemy as sa
 
 from outbox.dead_letters.record import Failure
-from outbox.errors import LeaseLost
-from outbox.relay import Limits, parking
+from outbox.errors import LeaseLost, StoreUnavailable
+from outbox.relay import Limits, Relay, parking
 from outbox.relay.leases import Leases
 from outbox.stores import open_store
 from outbox.tables import clock
@@ -31,6 +31,15 @@ def shares(database: Database) -> list[int]:
     """How many buckets each owner has, sorted; those without an owner are left out."""
     owners = Counter(row.owner for row in database.rows("lease") if row.owner is not None)
     return sorted(owners.values())
+
+
+def cannot_renew(found: Relay) -> None:
+    """Its leases run out, and it is not told."""
+
+    async def refused(*args: object, **options: object) -> None:
+        raise StoreUnavailable("the test's fault")
+
+    flow_of(found).leases.renew = refused  # type: ignore[method-assign]
 
 
 def expire(database: Database) -> None:
@@ -295,9 +304,10 @@ async def test_a_publish_that_outlives_its_lease_is_sent_again_by_the_next_owner
     quick.stored = slow.stored
     slow.answering.clear()
     ids = database.add("k", "k", "k")
-    async with running(relay(database, slow, lease=1, drain_timeout=0.5)):
+    first = relay(database, slow, lease=1, drain_timeout=0.5)
+    async with running(first):
         await eventually(lambda: len(slow.stored) == 3)
-        expire(database)
+        cannot_renew(first)
         async with running(relay(database, quick, lease=1)):
             await eventually(lambda: len(slow.stored) >= 6)
             await eventually(lambda: database.count() == 0)
