@@ -67,7 +67,8 @@ class Database:
         await self._up.wait()
 
     def worked(self) -> None:
-        """A transaction has succeeded. One that was committed before the database failed, and is heard of after, says nothing."""
+        """A transaction has succeeded. Of one that committed before the database failed it may be heard after that: it says
+        nothing then."""
         if self._up.is_set():
             self._troubles = 0
             self._state.database = None

@@ -183,9 +183,7 @@ class KafkaSubscription:
             # aiokafka's own timeout does not count while the group rebalances.
             async with asyncio.timeout(part + COMMIT):
                 found = await self._consumer.getmany(*wanted, timeout_ms=int(part * 1000), max_records=room)
-        except TimeoutError:
-            return False
-        except errors.ConsumerStoppedError:
+        except (TimeoutError, errors.ConsumerStoppedError):
             return False
         except errors.KafkaError as error:
             raise unavailable(error) from error

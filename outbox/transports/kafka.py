@@ -3,6 +3,13 @@
 Messages of a key go to one partition, chosen as the Java client does. Acknowledged means: by all replicas that are in sync
 (acks=all), by an idempotent producer, so that a repeated request is not stored twice. A crash between the broker's word and
 the relay's delete sends the message again. Consumers read what is committed only, and commit their offsets themselves.
+
+URL parameters, by Kafka's own names where it has one: ``security_protocol`` (PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL),
+``sasl_mechanism`` (PLAIN, SCRAM-SHA-256, SCRAM-SHA-512; OAUTHBEARER in code only), ``username`` and ``password`` (or before
+the hosts), ``ssl_cafile``, ``ssl_certfile``, ``ssl_keyfile``, ``ssl_password``, ``ssl_check_hostname``, ``client_id``,
+``compression_type`` (gzip, snappy, lz4, zstd), ``delivery_timeout_ms`` (10000: after that a publish counts as not sent),
+``session_timeout_ms`` (10000: after that a silent consumer's partitions go to others), ``max_message_bytes`` (of a record
+batch; without it the topics are asked), ``auto_create`` (no: asking for a topic does not make it), ``acks`` (only all).
 """
 
 from __future__ import annotations
@@ -28,7 +35,7 @@ T = TypeVar("T")
 
 
 def from_url(url: Url) -> KafkaTransport:
-    """See docs for the parameters; Kafka's own names where it has one. Raises `ConfigurationError`."""
+    """Raises `ConfigurationError`."""
     return KafkaTransport(settings(url))
 
 

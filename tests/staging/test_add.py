@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from outbox import EncodingError, Message, event
+from outbox import EncodingError, Message, event, staging
 from outbox._message import bucket_of
 from tests.staging.shop import Order, Shop, outbox, place
 
@@ -184,6 +184,24 @@ class TestAddAll:
         message = Message(**{"id": uuid.uuid4(), "topic": "orders", "payload": b"", **fault})
         with Session(two_shops[0].engine) as session, pytest.raises(EncodingError):
             outbox.add_all(session, [message])
+
+
+def test_who_watches_inserts_sees_them_before_the_commit(shop: Shop) -> None:
+    seen: list[bytes | None] = []
+    staging.inserted.append(lambda rows: seen.extend(row.message.payload for row in rows))
+    try:
+        with Session(shop.engine) as session:
+            place(session, "a")
+            session.rollback()
+            place(session, "b")
+            outbox.add(session, "orders", b"later", deliver_at=dt.timedelta(hours=1))
+            staging.insert_now(session)
+            assert seen == [b"b", b"later"]
+            session.commit()
+            assert seen == [b"b", b"later"]
+    finally:
+        staging.inserted.pop()
+    assert shop.holds("b")
 
 
 class TestStaged:

@@ -189,6 +189,17 @@ def test_a_commit_through_the_connection_and_then_through_the_session(shop: Shop
     assert shop.holds("a")
 
 
+def test_a_message_after_a_commit_through_the_connection_is_refused_with_the_commit_of_the_session(shop: Shop) -> None:
+    with Session(shop.engine) as session:
+        place(session, "a")
+        session.flush()
+        session.connection().commit()
+        tell(session, "b")
+        with pytest.raises(TransactionError, match="no open transaction"):
+            session.commit()
+    assert shop.holds("a")
+
+
 def test_a_core_connection_inserts_at_once_in_its_transaction(shop: Shop) -> None:
     with shop.engine.begin() as connection:
         connection.execute(sa.insert(Order).values(name="a"))

@@ -183,6 +183,14 @@ def test_a_session_that_cannot_tell_the_database_of_a_message_alone_refuses(two_
     assert second.holds()
 
 
+def test_a_message_beside_a_query_goes_to_the_only_database_there_is(two_shops: Shops) -> None:
+    first, second = two_shops
+    with Session(binds={Order: first.engine, Stock: second.engine}) as session, session.begin():
+        session.scalars(sa.select(Order)).all()
+        tell(session, "a")
+    assert (first.messages(), second.messages()) == (["a"], [])
+
+
 def test_a_database_that_was_only_read_is_refused(two_shops: Shops) -> None:
     first, second = two_shops
     with Session(second.engine, binds={Order: first.engine}) as session:

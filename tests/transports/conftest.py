@@ -1,0 +1,32 @@
+"""Kafka transports for the tests of this folder."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from outbox.transports.kafka import KafkaTransport
+
+Open = Callable[..., KafkaTransport]
+
+
+@pytest.fixture
+async def opened() -> AsyncIterator[Open]:
+    """Opens transports, with parameters; each is cut off after the test, since its broker may not be there."""
+    transports: list[KafkaTransport] = []
+
+    def another(url: str, **parameters: object) -> KafkaTransport:
+        query = "&".join(f"{name}={value}" for name, value in ({"session_timeout_ms": 6000} | parameters).items())
+        transports.append(KafkaTransport(f"{url}?{query}"))
+        return transports[-1]
+
+    yield another
+    for transport in transports:
+        await transport.close(abort=True)
+
+
+@pytest.fixture
+def name() -> str:
+    return f"test-{uuid.uuid4().hex[:12]}"
