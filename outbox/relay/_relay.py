@@ -256,10 +256,9 @@ class Relay:
         """Renew the leases every third of their time, more often while our share is not complete, and hand over what is
         too much as soon as nothing of it is in flight."""
         leases, before = flow.leases, flow.leases.epochs
-        await leases.renew(_state(flow), take=not stop.is_set())
-        if any(leases.epochs.get(bucket) != epoch for bucket, epoch in before.items()):
+        if await leases.renew(_state(flow), take=not stop.is_set()):
             flow.forget("some buckets went to another relay")
-        if any(before.get(bucket) != epoch for bucket, epoch in leases.epochs.items()):
+        if leases.epochs.keys() - before.keys():
             log.info("owns %d of 64 buckets as %s", len(leases.epochs), leases.owner)
             flow.wake()
         hungry = len(leases.epochs) < leases.fair and not stop.is_set()

@@ -219,7 +219,7 @@ class Flow:
             if not buckets:
                 return 0.05
             rows = await self.store.read(None if len(buckets) == 64 else buckets, self._in_flight, left_out, limit)
-        except StoreUnavailable as error:
+        except (StoreUnavailable, LeaseLost) as error:
             log.error("cannot read the outbox: %s", error)
             self.forget("the database cannot be read")
             return max(0.1, min(2.0, pause * 2))

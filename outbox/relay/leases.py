@@ -6,13 +6,14 @@ owner's own deadline is counted from **before** the renewal is sent, on a clock 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
@@ -21,6 +22,8 @@ from outbox._version import __version__
 from outbox.errors import LeaseLost
 from outbox.store import Store
 from outbox.tables import Tables, clock
+
+T = TypeVar("T")
 
 MARGIN = 0.1  # of the lease time: publishing stops that much before the lease can be someone else's
 
@@ -51,6 +54,7 @@ class Leases:
     fair: int = BUCKETS
     """What each relay that is alive has at least, once they share evenly."""
     _deadline: float = 0.0
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
     @property
     def valid(self) -> bool:
@@ -62,10 +66,14 @@ class Leases:
         """Seconds for which `valid` will hold."""
         return max(0.0, self._deadline - boottime())
 
-    async def renew(self, state: dict[str, Any] | None = None, *, take: bool = True) -> None:
-        """Heartbeat: renew what is ours, take what is free up to our share, find what is too much. Raises
-        `StoreUnavailable`; the deadline then stays as it was."""
-        sent = boottime()
+    async def renew(self, state: dict[str, Any] | None = None, *, take: bool = True) -> bool:
+        """Heartbeat: renew what is ours, take what is free up to our share, find what is too much. Returns whether any
+        that was ours was another's meanwhile. Raises `StoreUnavailable`; the deadline then stays as it was."""
+        async with self._turn:
+            return await self._renew(state, take)
+
+    async def _renew(self, state: dict[str, Any] | None, take: bool) -> bool:
+        sent, before = boottime(), self.epochs
         tables, owner, ttl = self.store.tables, self.owner, self.ttl
         text = json.dumps(state) if state else None
         epochs, alive = await self.store.run(lambda c: _renew(c, tables, owner, ttl, text, take))
@@ -73,6 +81,27 @@ class Leases:
         self._deadline = sent + ttl * (1 - MARGIN)
         self.epochs, self.fair = epochs, BUCKETS // alive
         self.surplus = frozenset(sorted(epochs)[share:]) if len(epochs) > share else frozenset()
+        return any(epochs.get(bucket) != epoch for bucket, epoch in before.items())
+
+    async def begin(self, buckets: Collection[int], read: Callable[[sa.Connection], T]) -> T:
+        """Begin a new epoch of these buckets of ours and ``read`` in the same transaction: what it reads cannot be changed
+        by an older transaction of our own whose outcome was never learned. One that holds its lease rows is waited for,
+        one that does not yet is refused. Raises `LeaseLost` and `StoreUnavailable`."""
+        async with self._turn:
+            tables, fence = self.store.tables, self.fence
+            lease, held = tables.lease, {bucket: self.epochs[bucket] for bucket in buckets if bucket in self.epochs}
+
+            def work(connection: sa.Connection) -> T:
+                fence(connection, held)
+                connection.execute(
+                    sa.update(lease).where(lease.c.bucket.in_(list(held))).values(epoch=lease.c.epoch + 1)
+                )
+                return read(connection)
+
+            found = await self.store.run(work)
+            begun = {bucket: epoch + 1 for bucket, epoch in held.items()}
+            self.epochs = {bucket: begun.get(bucket, epoch) for bucket, epoch in self.epochs.items()}
+            return found
 
     async def release(self, buckets: Collection[int] | None = None, *, leave: bool = False) -> None:
         """Hand over at once (None: everything), nothing of them being in flight. ``leave``: this relay is gone."""
@@ -91,19 +120,24 @@ class Leases:
         self.surplus = frozenset()
         await self.store.run(work)
 
-    def fence(self, connection: sa.Connection, buckets: Collection[int]) -> None:
+    @property
+    def fence(self) -> Callable[[sa.Connection, Collection[int]], None]:
         """First statement of every transaction that parks, releases or dead-letters: lock our lease rows and check the
-        epoch. Raises `LeaseLost`. (A mere EXISTS would race with a taker.)"""
-        lease = self.store.tables.lease
-        for bucket in sorted(set(buckets)):
-            epoch = self.epochs.get(bucket)
-            held = connection.execute(
-                sa.update(lease)
-                .where(lease.c.bucket == bucket, lease.c.owner == self.owner, lease.c.epoch == epoch)
-                .values(owner=self.owner)
-            )
-            if held.rowcount != 1:
-                raise LeaseLost(f"bucket {bucket} is another relay's now")
+        epochs, as they are now and not when the transaction comes to it. It raises `LeaseLost`. (A mere EXISTS would race
+        with a taker.)"""
+        lease, owner, epochs = self.store.tables.lease, self.owner, self.epochs
+
+        def fence(connection: sa.Connection, buckets: Collection[int]) -> None:
+            for bucket in sorted(set(buckets)):
+                held = connection.execute(
+                    sa.update(lease)
+                    .where(lease.c.bucket == bucket, lease.c.owner == owner, lease.c.epoch == epochs.get(bucket))
+                    .values(owner=owner)
+                )
+                if held.rowcount != 1:
+                    raise LeaseLost(f"bucket {bucket} is another relay's now")
+
+        return fence
 
 
 def _renew(

@@ -48,17 +48,19 @@ class Retrying:
 
     async def load(self, epochs: Mapping[int, int]) -> None:
         """Learn the parked keys of buckets that are new, after their leases have committed and before anything of them is
-        read: a successor of a parked message must not overtake it. Raises `StoreUnavailable`."""
+        read: a successor of a parked message must not overtake it. Raises `LeaseLost` and `StoreUnavailable`."""
         if all(self.loaded.get(bucket) == epoch for bucket, epoch in epochs.items()):
             return
         async with self._lock:
-            epochs = dict(epochs)
-            new = {bucket for bucket, epoch in epochs.items() if self.loaded.get(bucket) != epoch}
+            leases, tables = self.flow.leases, self.flow.store.tables
+            new = sorted(bucket for bucket, epoch in leases.epochs.items() if self.loaded.get(bucket) != epoch)
             if new:
-                tables = self.flow.store.tables
-                found = await self.flow.store.run(lambda c: parking.load_keys(c, tables, sorted(new)))
+                found = await leases.begin(new, lambda c: parking.load_keys(c, tables, new))
+                epochs = leases.epochs
                 self.keys = {key for key in self.keys if key[0] in epochs and key[0] not in new} | found
-                self.loaded = epochs
+                # what was lost and won again while this was asked has another epoch, and is asked for once more
+                known = {bucket: epoch for bucket, epoch in self.loaded.items() if bucket in epochs}
+                self.loaded = known | {bucket: epochs[bucket] for bucket in new if bucket in epochs}
 
     def unload(self) -> None:
         """What is known of parked keys may be wrong, since a commit's outcome is unknown: ask again before reading on."""

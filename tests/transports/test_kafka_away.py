@@ -175,4 +175,5 @@ async def test_cancelling_a_publish_sends_no_successor_of_it(opened: Open, kafka
     await Sending(transport, rest).run()
     numbers = [int(delivery.payload or b"") for delivery in await read_all(transport, name)]
     assert not set(range(5001, 5011)) & set(numbers)
-    assert numbers[-10:] == list(range(6000, 6010))
+    # What was on the wire when it was cancelled may be stored, and late at that.
+    assert [number for number in numbers if number > 5010] == list(range(6000, 6010))
