@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("outbox.relay")
 
-DUE = 0.25  # seconds between two looks at scheduled and parked messages
+DUE = 0.5  # seconds between two looks at scheduled and parked messages
 SCHEDULED_AT_ONCE = 1000
 PATIENCE = 6.0  # seconds that a start waits for a database that is away, where someone waits for the start
 GOODBYE = 5.0  # seconds for giving the leases back
