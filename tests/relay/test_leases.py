@@ -78,11 +78,11 @@ async def test_buckets_change_hands_without_loss_or_disorder_and_without_duplica
             ids.extend(await asyncio.to_thread(database.add, *[f"k{random.randrange(50)}" for _ in range(20)]))
 
     writing = asyncio.create_task(write())
-    async with running(relay(database, first, lease=1, limits=FEW)):
+    async with running(relay(database, first, lease=4, limits=FEW)):
         await eventually(lambda: len(first.stored) > 100)
         for _ in range(2):
             seen = len(second.calls)
-            async with running(relay(database, second, lease=1, limits=FEW)):
+            async with running(relay(database, second, lease=4, limits=FEW)):
                 await eventually(lambda: shares(database) == [32, 32])
                 await eventually(lambda seen=seen: len(second.calls) > seen + 5)  # type: ignore[misc]
         over.set()
