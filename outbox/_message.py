@@ -24,6 +24,9 @@ KEY_LENGTH: Final = 255
 TYPE_LENGTH: Final = 255
 CONTENT_TYPE_LENGTH: Final = 255
 
+VERSION_HEADER: Final = "outbox-version"
+"""Of a declared message whose version is not 1."""
+
 # Foreign message ids that are not UUIDs are mapped into this namespace (RFC 9562, version 5), so that the inbox's index
 # stays 16 bytes a row.
 FOREIGN_IDS: Final = uuid.UUID("5c0b7a3e-7f0e-5d0c-9a55-6f7574626f78")
@@ -189,6 +192,11 @@ def check_headers(headers: object, topic: str) -> dict[str, str]:
         if not isinstance(name, str) or not name:
             raise EncodingError(f"message for {topic!r}: header names are non-empty text, not {type(name).__name__}")
         _require_text(name, f"message for {topic!r}: a header name")
+        if name.lower().startswith("outbox-") or name.lower() == "content-type":
+            raise EncodingError(
+                f"message for {topic!r}: header {name!r} is ours and would replace the message's own (an id that another "
+                "message has makes consumers skip this one); leave it out, and use id=, type=, key= or content_type="
+            )
         if not isinstance(value, str):
             raise EncodingError(
                 f"message for {topic!r}: header {name!r} is a {type(value).__name__}; header values are text"

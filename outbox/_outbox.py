@@ -16,6 +16,7 @@ from outbox import _transactions as transactions
 from outbox import encoding, staging
 from outbox._message import (
     ABSENT,
+    VERSION_HEADER,
     Declaration,
     Key,
     Message,
@@ -250,9 +251,7 @@ class Outbox:
         id: uuid.UUID | None,
     ) -> staging.Built:
         key: Any = ABSENT if declared.key is None else declared.key(event)
-        if declared.version != 1:
-            headers = {**(headers or {}), "outbox-version": str(declared.version)}
-        return self._build(declared.topic, event, key, declared.type, headers, None, deliver_at, id)
+        return self._build(declared.topic, event, key, declared.type, headers, None, deliver_at, id, declared.version)
 
     def _build(
         self,
@@ -264,10 +263,14 @@ class Outbox:
         content_type: str | None = None,
         deliver_at: dt.datetime | dt.timedelta | None = None,
         id: uuid.UUID | None = None,
+        version: int = 1,
     ) -> staging.Built:
         topic = check_topic(topic)
         if id is not None and not isinstance(id, uuid.UUID):
             raise EncodingError(f"message for {topic!r}: id is a {id.__class__.__name__}; it must be a UUID")
+        checked = {} if headers is None else check_headers(headers, topic)
+        if version != 1:
+            checked[VERSION_HEADER] = str(version)
         text = key_text(key, topic)
         body, content_type = encoding.encode(payload, topic, check_content_type(content_type, topic), self.codec)
         return self._built(
@@ -278,7 +281,7 @@ class Outbox:
                 key=text,
                 type=check_type(type, topic),
                 content_type=content_type,
-                headers={} if headers is None else check_headers(headers, topic),
+                headers=checked,
                 deliver_at=None if deliver_at is None else _instant(deliver_at, topic),
             )
         )
@@ -289,17 +292,23 @@ class Outbox:
                 f"message for {message.topic!r}: the payload of a Message is bytes or None, not "
                 f"{message.payload.__class__.__name__}; give a mapping of add's arguments to have it encoded"
             )
+        headers = message.headers
+        version = headers.get(VERSION_HEADER) if isinstance(headers, Mapping) else None
+        if version is not None:  # a declared message, staged or received before: what its payload is
+            headers = {name: value for name, value in headers.items() if name != VERSION_HEADER}
         # checked like any other, and with the content type that it has: None stays None
         checked = self._build(
             message.topic,
             message.payload,
             ABSENT if message.key is None else message.key,
             message.type,
-            message.headers,
+            headers,
             message.content_type,
             message.deliver_at,
             message.id,
         )[2]
+        if version is not None:
+            checked = replace(checked, headers={**checked.headers, VERSION_HEADER: version})
         return self._built(replace(checked, content_type=message.content_type))
 
     def _built(self, message: Message) -> staging.Built:

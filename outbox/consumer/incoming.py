@@ -17,7 +17,7 @@ from outbox.transport import Delivery
 
 Identify = Callable[[Delivery], "uuid.UUID | str"]
 
-_OURS: Final = (wire.ID, wire.TYPE, wire.KEY, wire.CONTENT_TYPE)
+_OURS: Final = (wire.ID, wire.TYPE, wire.KEY, wire.CONTENT_TYPE, wire.CYCLE)
 
 
 @dataclass(slots=True, eq=False)

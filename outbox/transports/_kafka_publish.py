@@ -15,12 +15,12 @@ from aiokafka.structs import TopicPartition
 from outbox._message import Outgoing
 from outbox.errors import DecodingError, MessageTooLarge, OutboxError, Refused, Unavailable
 from outbox.transport import SENT, Outcome
-from outbox.transports._headers import headers
 from outbox.transports._kafka_client import TopicFacts, describe, diagnose, unavailable
 from outbox.transports._kafka_producer import INVALID_RECORD, Producer, TopicGone
 from outbox.transports._kafka_settings import Settings
 from outbox.transports._partition import KeyHashes
 from outbox.transports._pipeline import EVERYTHING, Pipeline
+from outbox.wire import headers
 
 FACTS_AGE: Final = 30.0
 """Seconds until a topic's number of partitions and limit are asked for again."""

@@ -11,12 +11,12 @@ from outbox._message import Outgoing
 from outbox.errors import DecodingError, MessageTooLarge, OutboxError, Unavailable
 from outbox.transport import SENT, Capabilities, Outcome, Revoked, Subscription
 from outbox.transports._group import TopicPartition
-from outbox.transports._headers import headers
 from outbox.transports._log import Log, Row, Topic, pack_headers
 from outbox.transports._log_subscription import LogSubscription
 from outbox.transports._partition import KeyHashes
 from outbox.transports._pipeline import EVERYTHING, Pipeline
 from outbox.transports._url import Url, a_count, a_number, require_known, yes_or_no
+from outbox.wire import headers
 
 DEFAULT_PARTITIONS: Final = 4
 DEFAULT_SESSION: Final = 3.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 import uuid
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from sqlalchemy.orm import Session
 
 from outbox import EncodingError, Message, Outbox, event
-from outbox._message import BUCKETS, FOREIGN_IDS, bucket_of, message_id, new_id
+from outbox._message import BUCKETS, FOREIGN_IDS, bucket_of, check_headers, message_id, new_id
 
 outbox = Outbox()
 
@@ -169,8 +170,9 @@ def test_a_message_does_not_print_its_payload_and_headers() -> None:
 def test_any_text_is_a_good_key_topic_and_header_or_is_refused_by_name(text: str) -> None:
     good = 1 <= len(text) <= 255 and "\x00" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
     if good:
-        message = add(text, key=text, headers={text: text})
-        assert (message.topic, message.key, message.headers) == (text, text, {text: text})
+        header = f"x{text}"  # the names that are ours are refused, which has its own test
+        message = add(text, key=text, headers={header: text})
+        assert (message.topic, message.key, message.headers) == (text, text, {header: text})
     else:
         for arguments in ({"topic": text}, {"key": text}, {"type": text}):
             with refused(next(iter(arguments))):
@@ -338,3 +340,12 @@ def test_different_foreign_ids_stay_different(one: str, other: str) -> None:
 def test_the_id_that_is_given_is_kept() -> None:
     id = uuid.UUID(int=0)
     assert add(id=id).id == id
+
+
+@pytest.mark.parametrize(
+    "name", ["outbox-id", "outbox-type", "outbox-key", "outbox-cycle", "outbox-version", "content-type", "Outbox-Id"]
+)
+def test_a_header_that_is_ours_is_refused_since_it_would_replace_the_messages_own(name: str) -> None:
+    with pytest.raises(EncodingError, match=re.escape(repr(name))) as caught:
+        check_headers({"tenant": "acme", name: "secret-value"}, "orders")
+    assert "secret-value" not in str(caught.value)
