@@ -171,9 +171,11 @@ async def test_cancelling_a_publish_sends_no_successor_of_it(opened: Open, kafka
     await asyncio.sleep(0)
     first.cancel()
     assert {outcome.kind for outcome in await second} == {"unavailable"}
-    rest: list[Outgoing] = numbered(name, 10, keys=1, first=6000)
-    await Sending(transport, rest).run()
+    # what its caller does then: send again what was not answered, and go on behind it
+    again: list[Outgoing] = numbered(name, 5000, keys=1, first=1)
+    await Sending(transport, again).run()
+    await Sending(transport, numbered(name, 10, keys=1, first=6000)).run()
     numbers = [int(delivery.payload or b"") for delivery in await read_all(transport, name)]
     assert not set(range(5001, 5011)) & set(numbers)
-    # What was on the wire when it was cancelled may be stored, and late at that.
-    assert [number for number in numbers if number > 5010] == list(range(6000, 6010))
+    # What was on the wire when it was cancelled may be stored, and late at that: then as a duplicate.
+    assert list(dict.fromkeys(numbers)) == [0, *range(1, 5001), *range(6000, 6010)]
