@@ -107,8 +107,10 @@ class Retrying:
             if not self.keys or not any(key_of(row) in self.keys for row in rows):
                 break
             async with self._lock:
+                if not flow.current(generation):
+                    break  # with all the rows: the flow drops them, to be read again
                 behind = [row for row in rows if key_of(row) in self.keys]
-                if behind and flow.current(generation):
+                if behind:
                     await flow.guarded(self._park(None, behind), behind, generation)
             held = {row.position for row in behind}
             rows = [row for row in rows if row.position not in held]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -197,6 +198,7 @@ def _create(url: sa.URL, pool_size: int | None, pre_ping: bool = True) -> sa.Eng
 
 def _create_async(url: sa.URL, pool_size: int | None, pre_ping: bool = True) -> AsyncEngine:
     try:
+        import_module("greenlet")  # SQLAlchemy 2.0 misses it at the first await only
         from sqlalchemy.ext.asyncio import create_async_engine
 
         engine = create_async_engine(url, **_options(url, pool_size, pre_ping))

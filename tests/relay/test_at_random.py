@@ -105,7 +105,7 @@ class World:
         found.acked = self  # type: ignore[assignment]  # += of a list
         found.delay = lambda: rng.random() * rng.choice([0.0, 0.005, 0.05])
         # the second opens the topic's circuit, which is kept for longer each time
-        behind = [Outcome.retry("behind")] * 19 + [Outcome.unavailable("behind", scope="topic")]
+        behind = [Outcome.retry("behind"), Outcome.unavailable("behind", scope="topic")]
         found.behind = lambda row: rng.choice(behind)
         return found
 

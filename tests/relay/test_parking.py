@@ -15,7 +15,7 @@ from tests.relay.database import Database
 from tests.relay.faulty import faulty_stores, gone
 from tests.relay.running import QUICK, eventually, relay, running
 from tests.relay.scripted import Script, Scripted
-from tests.relay.test_flow import flow_of
+from tests.relay.test_flow import flow_of, is_empty
 
 PIPELINES = pytest.mark.parametrize("pipeline", [True, False], ids=["pipeline", "lanes"])
 RETRY = Outcome.retry("not now")
@@ -274,3 +274,27 @@ async def test_a_relay_started_later_goes_on_where_the_first_one_parked(database
     async with running(relay(database, broker, limits=limits)):
         await eventually(lambda: database.count() == database.count("parked") == 0)
     assert broker.ids() == ids
+
+
+async def test_what_was_held_back_is_not_forgotten_in_memory_when_the_flow_goes_quiet_meanwhile(
+    database: Database,
+) -> None:
+    """A topic becomes unavailable while successors of a parked key, just read, wait for their turn to be parked. Taken off
+    the page but neither parked nor dropped, they counted as in flight for ever: later messages of the key overtook them."""
+    failing = True
+    broker = Scripted(lambda row, tries: RETRY if failing and row.id == ids[0] else None)
+    found = relay(database, broker, limits=Limits(poll=0.01, attempts=1000, backoff=QUICK.backoff))
+    ids = database.add("k")
+    async with running(found):
+        await eventually(lambda: database.count("parked") == 1)
+        flow = flow_of(found)
+        async with flow.retrying._lock:  # somebody else's transaction about parked keys
+            ids += database.add("k", "k")
+            await eventually(lambda: len(flow._in_flight) == 2)
+            flow._quiet = True  # as after an answer `unavailable`
+        ids += database.add("k")
+        await eventually(lambda: database.count("parked") == 4)
+        failing = False
+        await eventually(lambda: database.count() == database.count("parked") == 0)
+        assert is_empty(found)
+    assert broker.first_ids() == ids
