@@ -32,6 +32,11 @@ select gen_random_uuid(), mod(mod(g, {keys}), 64), '{topic}', 'k' || mod(g, {key
 from generate_series(1, {rows}) g
 """
 
+READ = (
+    "select position, id::text, topic, key, type, payload, content_type, headers, bucket from outbox_message"
+    " where position > %s order by position limit %s"
+)
+
 
 def fill(engine: sa.Engine, topic: str, keys: int, rows: int) -> None:
     with engine.begin() as connection:
@@ -46,12 +51,8 @@ async def bare_read_delete(url: str, rows: int) -> float:
     """Rows a second: read in batches, delete by list, publish nothing."""
     async with await psycopg.AsyncConnection.connect(url.replace("+psycopg", ""), autocommit=True) as db:
         start, floor = time.perf_counter(), 0
-        query = (
-            "select position, id::text, topic, key, type, payload, content_type, headers, bucket from outbox_message"
-            " where position > %s order by position limit %s"
-        )
         while True:
-            found = await (await db.cursor(binary=True).execute(query, (floor, BATCH))).fetchall()
+            found = await (await db.cursor(binary=True).execute(READ, (floor, BATCH))).fetchall()
             if not found:
                 return rows / (time.perf_counter() - start)
             floor = found[-1][0]
@@ -153,6 +154,19 @@ def idle_cpu(url: str, broker: str, seconds: float) -> float:
         child.wait()
 
 
+async def bare_idle(url: str, seconds: float) -> float:
+    """Percent of a core that a bare loop takes: sleep 20 ms, read nothing with the same statement. The floor on this
+    machine, where each waking up costs much more than the work that is done awake."""
+    async with await psycopg.AsyncConnection.connect(url.replace("+psycopg", ""), autocommit=True) as db:
+        cursor = db.cursor(binary=True)
+        start, used = time.perf_counter(), time.process_time()
+        while (took := time.perf_counter() - start) < seconds:
+            await cursor.execute(READ, (0, BATCH))
+            await cursor.fetchall()
+            await asyncio.sleep(0.02)
+        return (time.process_time() - used) / took * 100
+
+
 def run(report: Report, *, repeat: int, scale: float) -> None:
     with postgresql() as url, kafka() as broker:
         outbox = Outbox()
@@ -185,6 +199,17 @@ def run(report: Report, *, repeat: int, scale: float) -> None:
             rows = round(1_000_000 * scale)
             fill(engine, topic, 1000, rows)
             report.figure("relay.memory.rows1000000", [peak_memory(url, broker)], "MB")
-            report.figure("relay.idle.poll20ms", [idle_cpu(url, broker, 20 * scale) for _ in range(repeat)], "% core")
+            bare, idle = [], []
+            for _ in range(repeat):
+                bare.append(asyncio.run(bare_idle(url, 20 * scale)))
+                idle.append(idle_cpu(url, broker, 20 * scale))
+            report.figure("relay.bare.idle.poll20ms", bare, "% core")
+            report.figure(
+                "relay.idle.poll20ms",
+                idle,
+                "% core",
+                reference="bare_loop",
+                ratios=[ours / floor for ours, floor in zip(idle, bare, strict=True)],
+            )
         finally:
             engine.dispose()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import struct
 import threading
 import time
 import uuid
@@ -79,16 +80,19 @@ def bucket_of(key: str | None, id: uuid.UUID) -> int:
 _last_ms = 0
 _counter = 0
 _lock = threading.Lock()
+_random: list[int] = []  # drawn in advance: a system call for each id costs a third of it
 
 
-def _unlock_in_child() -> None:
-    """A child forked while another thread held the lock would wait for that thread, which it does not have."""
+def _begin_in_child() -> None:
+    """A child forked while another thread held the lock would wait for that thread, which it does not have; and what its
+    parent drew in advance is its parent's."""
     global _lock
     _lock = threading.Lock()
+    _random.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock_in_child)
+    os.register_at_fork(after_in_child=_begin_in_child)
 
 
 def new_id() -> uuid.UUID:
@@ -107,7 +111,9 @@ def new_id() -> uuid.UUID:
             if _counter > 0xFFF:
                 _last_ms, _counter = _last_ms + 1, 0
         ms, counter = _last_ms, _counter
-    rand = int.from_bytes(os.urandom(8), "big") & 0x3FFFFFFFFFFFFFFF
+        if not _random:
+            _random.extend(struct.unpack("128Q", os.urandom(1024)))
+        rand = _random.pop() & 0x3FFFFFFFFFFFFFFF
     return uuid.UUID(int=(ms << 80) | (0x7 << 76) | (counter << 64) | (0b10 << 62) | rand)
 
 

@@ -259,8 +259,8 @@ def _settle(session: Session, root: SessionTransaction) -> None:
     for rows in _alike(_waiting(session, root)):
         connection = transactions.connection_for(session, rows[0].table, rows[0].bind_arguments)
         moves.setdefault(connection, []).extend(rows)
-    _drop(session, root, lambda row: True)
     _on_session.pop(root, None)
+    _drop(session, root, lambda row: True)
     for connection, rows in moves.items():
         _append(connection, sorted(rows, key=_BY_NUMBER))
 
@@ -294,8 +294,7 @@ def _execute(connection: sa.Connection, rows: list[Row]) -> None:
         its = [row for row in rows if row.table is table]
         # a list of parameters, not .values([...]): that costs 74 µs a message to compile
         connection.execute(_insert_into(table), [row.parameters for row in its])
-        done = set(its)
-        rows[:] = [row for row in rows if row not in done]
+        rows[:] = [row for row in rows if row.table is not table]
         for callback in inserted:
             callback(its)
 

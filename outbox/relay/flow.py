@@ -8,7 +8,6 @@ broker is waited for. What is in memory dies with a database connection or a lea
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import Counter, deque
@@ -288,9 +287,11 @@ class Flow:
 
     async def _sleep(self, seconds: float) -> None:
         """Pause; `wake` ends it, also one that came after the last read had begun."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._wake.wait()
+        timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            timer.cancel()
 
     def rest(self, after: str) -> None:
         """The fate of messages could not be stored: pause, longer each time, instead of sending them again and again."""

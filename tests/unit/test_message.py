@@ -325,6 +325,27 @@ def test_a_child_forked_while_a_thread_makes_an_id_can_make_its_own() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_does_not_use_the_random_bits_that_its_parent_drew() -> None:
+    from outbox import _message
+
+    new_id()
+    assert _message._random
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, b"".join(new_id().bytes[8:] for _ in range(50)))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    found = os.read(reader, 400)
+    os.close(reader)
+    os.close(writer)
+    its = {found[at : at + 8] for at in range(0, 400, 8)}
+    assert len(its) == 50
+    assert not its & {new_id().bytes[8:] for _ in range(200)}
+
+
 def test_a_message_id_is_a_uuid_its_text_or_any_other_text_as_a_uuid() -> None:
     id = uuid.uuid4()
     assert message_id(id) == message_id(str(id)) == message_id(str(id).upper()) == id
