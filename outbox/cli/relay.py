@@ -12,9 +12,10 @@ from outbox.cli._common import (
     outbox_options,
     positive,
     print_json,
-    require_file,
 )
+from outbox.errors import ConfigurationError
 from outbox.relay import Limits, Relay
+from outbox.stores.engine import from_environment, require_file
 
 
 def register(commands: Any) -> None:
@@ -38,10 +39,16 @@ def do(options: argparse.Namespace) -> int:
     log_to_stderr(options.verbose)
     outbox = outbox_of(options)
     require_file(options.database)
+    transport = options.transport or from_environment("OUTBOX_TRANSPORT")
+    if transport is not None and transport.lower().startswith("memory:"):
+        raise ConfigurationError(
+            "memory: is this process's own memory: what is sent there ends with it, and is gone from the outbox. "
+            "Use local:broker.db, which other processes on this machine can read"
+        )
     relay = Relay(
         outbox,
         database=options.database,
-        transport=options.transport or None,
+        transport=transport,
         lease=options.lease,
         drain_timeout=options.drain_timeout,
         limits=Limits(batch=options.batch, window=4 * options.batch, poll=options.poll),

@@ -17,7 +17,7 @@ from outbox.errors import ConfigurationError, OutboxError, StoreUnavailable, Una
 from outbox.observe.schema import check_schema
 from outbox.relay.circuit import EVERYTHING
 from outbox.relay.flow import Counts, Flow, Limits
-from outbox.relay.leases import Leases
+from outbox.relay.leases import Leases, holders
 from outbox.relay.parking import Due, due
 from outbox.relay.publishing import close
 from outbox.relay.schedule import move_due
@@ -34,7 +34,7 @@ log = logging.getLogger("outbox.relay")
 
 DUE = 0.5  # seconds between two looks at scheduled and parked messages
 SCHEDULED_AT_ONCE = 1000
-PATIENCE = 6.0  # seconds that a start waits for a database that is away, where someone waits for the start
+PATIENCE = 6.0  # seconds that a start or a drain waits for a database that is away, since someone waits for its end
 GOODBYE = 5.0  # seconds for giving the leases back
 
 
@@ -79,6 +79,7 @@ class Relay:
         self._stop: asyncio.Event | None = None
         self._task: asyncio.Task[None] | None = None
         self._looked = False  # at what is due, since the start
+        self._waits = False  # for its first buckets, and has said so
         self.started = asyncio.Event()
         """Set once this relay owns buckets and the broker has been reached."""
 
@@ -117,8 +118,8 @@ class Relay:
 
     def drain(self) -> Drained:
         """Send what is there now and return the counts; for cron and one-off jobs. Raises `Unavailable` if the broker, or
-        one of the topics, goes away meanwhile, `StoreUnavailable` if the database cannot be reached: what was not sent is
-        still there."""
+        one of the topics, goes away meanwhile, `StoreUnavailable` if the database cannot be read or written for some
+        seconds: what was not sent is still there, what was sent and could not be removed is sent again."""
         return asyncio.run(self.adrain())
 
     async def adrain(self) -> Drained:
@@ -134,6 +135,8 @@ class Relay:
                         broken = "; ".join(str(state["reason"]) for state in flow.circuits.state().values())
                         raise Unavailable(f"stopped draining, the rest is still in the outbox: {broken}")
                     break
+                if flow is not None and (error := flow.stuck(PATIENCE)) is not None:
+                    raise error
                 await asyncio.wait([running], timeout=0.02)
         finally:
             stop.set()
@@ -179,7 +182,7 @@ class Relay:
         """The store, with its tables checked, and the transport, not connected yet. Waits for a database that is away, up
         to ``patience`` seconds (None: for ever). Raises `SchemaMismatch`, `ConfigurationError` and `StoreUnavailable`."""
         self.started.clear()
-        self._flow, self._looked = None, False
+        self._flow, self._looked, self._waits = None, False, False
         transport = self._open_transport()
         store = open_store(self._database, self.outbox.tables)
         began, pause = asyncio.get_running_loop().time(), 0.1
@@ -212,8 +215,12 @@ class Relay:
         # a stop of its own for the flow, so that the leases are renewed until the last message is settled
         finishing = asyncio.Event()
         beside = [
-            asyncio.create_task(self._again(work))
-            for work in (lambda: self._beat(flow, stop), lambda: self._look_for_due(flow), lambda: self._watch(flow))
+            asyncio.create_task(self._again(flow, what, work))
+            for what, work in (
+                ("lease", lambda: self._beat(flow, stop)),
+                ("due", lambda: self._look_for_due(flow)),
+                ("watch", lambda: self._watch(flow)),
+            )
         ]
         flowing = asyncio.create_task(flow.run(finishing))
         stopping = asyncio.create_task(stop.wait())
@@ -236,18 +243,16 @@ class Relay:
                 await asyncio.wait_for(flow.leases.release(leave=True), GOODBYE)
             await store.close()
 
-    async def _again(self, work: Callable[[], Awaitable[float]]) -> None:
+    async def _again(self, flow: Flow, what: str, work: Callable[[], Awaitable[float]]) -> None:
         """Call ``work`` again and again; it returns how many seconds to pause. Whatever it raises is logged, and it is
         called again: a relay does not die of what the next moment may mend, and one that cannot renew its leases sends
         nothing."""
-        failures = 0
         while True:
             try:
                 pause = await work()
-                failures = 0
+                flow.works(what)
             except Exception as error:
-                failures += 1
-                pause = min(0.1 * 2**failures, 2.0, self._lease / 4)
+                pause = min(0.1 * 2 ** min(flow.fails(what, error), 10), 2.0, self._lease / 4)
                 foreseen = isinstance(error, OutboxError)
                 log.error("the relay has a problem, and tries again: %s", error, exc_info=None if foreseen else error)
             await asyncio.sleep(pause)
@@ -261,6 +266,12 @@ class Relay:
         if leases.epochs.keys() - before.keys():
             log.info("owns %d of 64 buckets as %s", len(leases.epochs), leases.owner)
             flow.wake()
+        if not leases.epochs and not self._waits and not stop.is_set():
+            self._waits = True
+            log.info(
+                "owns no bucket yet, and takes its share when they are handed over or their leases run out: held by %s",
+                await flow.store.run(lambda connection: holders(connection, flow.store.tables)),
+            )
         hungry = len(leases.epochs) < leases.fair and not stop.is_set()
         until = asyncio.get_running_loop().time() + (min(0.5, self._lease / 3) if hungry else self._lease / 3)
         while (left := until - asyncio.get_running_loop().time()) > 0 and leases.valid:

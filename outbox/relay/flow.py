@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -60,6 +60,15 @@ class Counts:
     dead: int = 0
 
 
+@dataclass(slots=True)
+class Trouble:
+    """What failed and has not worked since. ``since``: monotonic seconds; ``failures``: in a row."""
+
+    since: float
+    failures: int
+    error: BaseException
+
+
 class Flow:
     """One relay's stream of messages. `Relay` renews the leases and tells it what it owns."""
 
@@ -90,7 +99,7 @@ class Flow:
         self._quiet = False  # nothing new is handed over until all that was handed over has been answered
         # Key to first position, of what was dropped to be read again since it is quiet
         self._dropped: dict[ParkedKey, int] = {}
-        self._failures: Counter[str] = Counter()  # of storing the fate of messages, in a row, by what was done
+        self._troubles: dict[str, Trouble] = {}  # by what was done
         self._resting_until = 0.0  # monotonic
         self._progress = asyncio.Event()
         self._to_settle = asyncio.Event()
@@ -220,8 +229,10 @@ class Flow:
             rows = await self.store.read(None if len(buckets) == 64 else buckets, self._in_flight, left_out, limit)
         except (StoreUnavailable, LeaseLost) as error:
             log.error("cannot read the outbox: %s", error)
+            self.fails("read", error)
             self.forget("the database cannot be read")
             return max(0.1, min(2.0, pause * 2))
+        self.works("read")
         self.started.set()
         if not self.current(generation) or buckets != self.owned():
             # while this was read, a row before it was dropped to be read again, or a bucket went to another relay
@@ -293,15 +304,26 @@ class Flow:
         finally:
             timer.cancel()
 
-    def rest(self, after: str) -> None:
-        """The fate of messages could not be stored: pause, longer each time, instead of sending them again and again."""
-        self._failures[after] += 1
-        self._resting_until = time.monotonic() + REST.delay(self._failures[after])
+    def fails(self, what: str, error: BaseException) -> int:
+        """Note that this failed; returns how often in a row."""
+        known = self._troubles.setdefault(what, Trouble(time.monotonic(), 0, error))
+        known.failures += 1
+        known.error = error
+        return known.failures
 
     def works(self, what: str) -> None:
-        """The opposite of `rest`."""
-        if self._failures:
-            self._failures.pop(what, None)
+        """The opposite of `fails`."""
+        if self._troubles:
+            self._troubles.pop(what, None)
+
+    def stuck(self, seconds: float) -> BaseException | None:
+        """The error of what has not worked for so long."""
+        now = time.monotonic()
+        return next((trouble.error for trouble in self._troubles.values() if now - trouble.since > seconds), None)
+
+    def rest(self, after: str, error: BaseException) -> None:
+        """The fate of messages could not be stored: pause, longer each time, instead of sending them again and again."""
+        self._resting_until = time.monotonic() + REST.delay(self.fails(after, error))
 
     def _resting(self) -> float:
         return max(0.0, self._resting_until - time.monotonic())
@@ -337,7 +359,7 @@ class Flow:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("publishing failed in an unforeseen way; what was in flight is read again", exc_info=error)
             self.forget("an unforeseen error")
-            self.rest("publish")
+            self.rest("publish", error)
 
     async def publish(self, rows: Sequence[Outgoing], *, parked: bool = False) -> list[Outcome]:
         """One call of the transport, if the leases are still ours; its circuits follow the outcomes."""
@@ -348,6 +370,7 @@ class Flow:
     async def _publish(self, rows: list[Outgoing]) -> None:
         generation = self.generation
         outcomes = await self.publish(rows)
+        self.works("publish")
         if generation != self.generation:
             return
         if outcomes.count(SENT) == len(outcomes):
@@ -407,7 +430,7 @@ class Flow:
         except StoreUnavailable as error:
             log.error("cannot store the fate of %d messages, they are read again: %s", len(rows), error)
             self.forget("the database cannot be written")
-            self.rest("park")
+            self.rest("park", error)
         else:
             self.works("park")
             if generation == self.generation:
@@ -459,7 +482,7 @@ class Flow:
                         "cannot settle %d messages, they will be sent again: %s", len(rows), error, exc_info=unforeseen
                     )
                     self.forget("the database cannot be written")
-                    self.rest("settle")
+                    self.rest("settle", error)
                     continue
                 self.works("settle")
                 if generation == self.generation:

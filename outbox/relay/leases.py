@@ -21,7 +21,7 @@ from outbox._message import BUCKETS, new_id
 from outbox._version import __version__
 from outbox.errors import LeaseLost
 from outbox.store import Store
-from outbox.tables import Tables, clock
+from outbox.tables import Tables, UtcDateTime, clock
 
 T = TypeVar("T")
 
@@ -177,6 +177,21 @@ def _renew(
             )
             mine = _owned(connection, tables, owner)
     return mine, alive
+
+
+def holders(connection: sa.Connection, tables: Tables) -> str:
+    """For people: who holds the buckets, and for how many seconds at most."""
+    lease = tables.lease
+    now = connection.scalar(sa.select(sa.type_coerce(clock(), UtcDateTime())))
+    assert now is not None
+    rows = connection.execute(
+        sa.select(lease.c.owner, sa.func.count(), sa.func.max(lease.c.expires_at))
+        .where(lease.c.owner.is_not(None))
+        .group_by(lease.c.owner)
+        .order_by(lease.c.owner)
+    )
+    held = [f"{owner} ({count} for {max(0.0, (ends - now).total_seconds()):.0f} s)" for owner, count, ends in rows]
+    return ", ".join(held) or "nobody"
 
 
 def _owned(connection: sa.Connection, tables: Tables, owner: str) -> dict[int, int]:

@@ -220,11 +220,11 @@ class Retrying:
             self.unload()
         except StoreUnavailable as error:
             log.error("cannot store the fate of a parked message, it is tried again: %s", error)
-            flow.rest("try")
+            flow.rest("try", error)
             self.unload()
-        except Exception:
+        except Exception as error:
             log.exception("trying a parked message failed in an unforeseen way; it is tried again")
-            flow.rest("try")
+            flow.rest("try", error)
             self.unload()
 
     async def _try_key(self, head: Due) -> None:

@@ -122,7 +122,9 @@ async def describe(
         elif error is errors.TopicAuthorizationFailedError:
             found[topic] = Unavailable(f"kafka: topic {topic!r} does not exist, or this user may not see it")
         elif error is errors.UnknownTopicOrPartitionError:
-            found[topic] = Unavailable(f"kafka: topic {topic!r} does not exist")
+            found[topic] = Unavailable(
+                f"kafka: topic {topic!r} does not exist: create it, or add auto_create=true to the transport's URL"
+            )
         elif error is errors.InvalidTopicError:
             found[topic] = Refused(f"kafka: the broker says that {topic!r} can be no topic")
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import sqlite3
 import threading
@@ -83,6 +84,7 @@ class LocalLog:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="outbox-local")
         self._stopped = threading.Event()
         self._db: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
         self._ids: dict[TopicPartition, int] = {}
 
     async def run(self, work: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
@@ -97,14 +99,17 @@ class LocalLog:
             self.open()
             return work(*arguments)
         except sqlite3.Error as error:
+            if _code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                self._forget()  # what a connection was denied once, it is denied for good: the next call opens another
             raise self._explained(error) from error
 
     def another(self) -> LocalLog:
         return LocalLog(self.path, self._busy)
 
     def open(self) -> None:
-        if self._db is not None:
+        if self._db is not None and self._file == _identity(self.path):
             return
+        self._forget()  # the file was removed or replaced: what is stored in the old one, no one would find
         if not self.path.parent.is_dir():
             raise ConfigurationError(f"local: the folder {self.path.parent} does not exist; make it first")
         # timeout=0: waiting for a lock is ours to do, because SQLite's own cannot be interrupted.
@@ -114,6 +119,7 @@ class LocalLog:
             self._patiently(lambda: db.execute("PRAGMA journal_mode = WAL"))
             db.execute("PRAGMA synchronous = FULL")
             self._patiently(lambda: self._transaction("IMMEDIATE", self._make))
+            self._file = _identity(self.path)
         except BaseException:
             self._db = None
             db.close()
@@ -287,11 +293,14 @@ class LocalLog:
         )
 
     def _explained(self, error: sqlite3.Error) -> Unavailable | ConfigurationError:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        code = _code(error)
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return Unavailable(f"local: {self.path} has been locked by another process for {self._busy:g} s")
         if code == sqlite3.SQLITE_READONLY:
-            return ConfigurationError(f"local: {self.path} is read-only for this user, and the log is written to")
+            return ConfigurationError(
+                f"local: {self.path} is read-only for this user, and the log is written to: make it writable, its folder "
+                f"and the files {self.path.name}-wal and {self.path.name}-shm too"
+            )
         if code == sqlite3.SQLITE_CANTOPEN:
             return ConfigurationError(f"local: {self.path} cannot be opened: this user may not, or it is no file")
         if code == sqlite3.SQLITE_NOTADB:
@@ -311,9 +320,27 @@ class LocalLog:
 
     def _close(self) -> None:
         self._stopped.set()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._ids.clear()
         if self._db is not None:
             self._db.close()
             self._db = None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What stays the same for as long as this is the same file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _code(error: sqlite3.Error) -> int:
+    """SQLite's primary result code; 0 where it did not come from there."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 class _Changed(Exception):

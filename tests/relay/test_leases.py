@@ -97,7 +97,10 @@ async def test_buckets_change_hands_without_loss_or_disorder_and_without_duplica
     assert found == wanted
 
 
-async def test_a_dead_relays_share_is_taken_over_when_its_lease_has_run_out(database: Database) -> None:
+async def test_a_dead_relays_share_is_taken_over_when_its_lease_has_run_out(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "outbox.relay")
     dead = Leases(open_store(database.url, database.tables), 1.0)
     await dead.renew()
     assert len(dead.epochs) == 64
@@ -109,6 +112,9 @@ async def test_a_dead_relays_share_is_taken_over_when_its_lease_has_run_out(data
         await eventually(lambda: database.count() == 0)
         assert 0.3 < loop.time() - begun < 5
     assert broker.first_ids() == ids == broker.ids()
+    waits = [text for text in caplog.messages if text.startswith("owns no bucket yet")]
+    assert len(waits) == 1
+    assert waits[0].endswith(f"held by {dead.owner} (64 for 1 s)")
     await dead.store.close()
 
 

@@ -17,6 +17,7 @@ from outbox.stores.engine import sync_engine_for
 from outbox.tables import clock
 from outbox.transport import Outcome
 from tests.relay.database import Database, row
+from tests.relay.faulty import faulty_stores, gone
 from tests.relay.proxy import Proxy
 from tests.relay.running import eventually, relay, running
 from tests.relay.scripted import Scripted
@@ -118,6 +119,23 @@ async def test_a_drain_says_that_the_broker_or_a_topic_is_away_and_keeps_the_res
     with pytest.raises(Unavailable, match="down"):
         await asyncio.wait_for(relay(database, broker).adrain(), 10)
     assert database.count() == 1
+
+
+@pytest.mark.parametrize("what", ["_renew", "look", "read", "settle"])
+async def test_a_drain_ends_where_the_database_answers_and_refuses(
+    what: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only one, for example: nobody who waits for the drain waits for ever."""
+    monkeypatch.setattr(_relay, "PATIENCE", 0.5)
+    database.add("k")
+    with faulty_stores(monkeypatch) as stores:
+        found = relay(database, Scripted())
+        draining = asyncio.create_task(found.adrain())
+        await eventually(lambda: stores)
+        stores[0].before = lambda name: gone(name) if name == what else None
+        with pytest.raises(StoreUnavailable, match=what):
+            await asyncio.wait_for(draining, 10)
+    assert database.count() == (0 if what == "look" else 1)
 
 
 def test_a_drain_needs_no_event_loop(on_sqlite: Database) -> None:

@@ -264,6 +264,18 @@ def as_nobody() -> Iterator[None]:
         os.seteuid(0)
 
 
+@contextlib.contextmanager
+def as_root() -> Iterator[None]:
+    """Within `as_nobody`, where that is a change."""
+    before = os.geteuid()
+    if os.getuid() == 0:
+        os.seteuid(0)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
 @pytest.fixture
 def read_only() -> Iterator[Path]:
     """A log that this user may read and not write, in a folder where nothing may be made; not below pytest's own folder,
@@ -288,6 +300,35 @@ async def test_a_read_only_file_says_so(read_only: Path) -> None:
     assert outcome.kind == "unavailable"
     assert "log.db" in outcome.reason
     await transport.close()
+
+
+async def test_a_file_that_becomes_writable_is_written_to(read_only: Path) -> None:
+    """SQLite opens a file that may not be written read-only, and such a connection stays read-only."""
+    with as_root():
+        read_only.parent.chmod(0o777)
+    transport = open_transport(f"local://{read_only}")
+    (outcome,) = await transport.publish([message("t", "k")])
+    assert outcome.kind == "unavailable"
+    assert "log.db-wal and log.db-shm" in outcome.reason
+    with as_root():
+        for file in read_only.parent.iterdir():
+            file.chmod(0o666)
+    await asyncio.sleep(0.01)  # a caller backs off, as it was asked to
+    (outcome,) = await transport.publish([message("t", "k")])
+    assert outcome.kind == "sent", outcome.reason
+    assert len(await read_all(transport, "t")) == 2
+    await transport.close()
+
+
+async def test_a_file_that_was_replaced_is_the_one_that_is_written_to(log: Transport, path: Path) -> None:
+    """The old one, open still, would swallow what is stored there."""
+    await log.publish([message("t", "k")])
+    for file in path.parent.glob("log.db*"):
+        file.rename(file.with_name(f"old-{file.name}"))
+    assert [outcome.kind for outcome in await log.publish(numbered("t", 3))] == ["sent"] * 3
+    other = open_transport(f"local://{path}")
+    assert len(await read_all(other, "t")) == 3
+    await other.close()
 
 
 async def test_a_folder_that_is_not_there_says_so(tmp_path: Path) -> None:
