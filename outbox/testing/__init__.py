@@ -29,4 +29,8 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module 'outbox.testing' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *_LATER]  # so that help() shows them
+
+
 __all__ = ["Captured", "Drained", "capture", "drain"]
