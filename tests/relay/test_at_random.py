@@ -33,6 +33,7 @@ LIMITS = Limits(batch=40, window=200, poll=0.02, attempts=8, backoff=Backoff(fir
 LEASE = 0.6
 KEYS = 10
 WRITERS = 4
+BACKLOG = 1000  # rows at which the writers pause: a key of which every fifth message fails is slow
 TOPICS = ("orders", "invoices")
 
 
@@ -62,9 +63,14 @@ class World:
 
     # -------------------------------------------------------- writers
 
+    def backlog(self) -> int:
+        return self.database.count() + self.database.count("parked")
+
     def write(self, seed: int) -> None:
         rng = random.Random(seed)
         while not self.writing.is_set():
+            while rng.random() < 0.1 and self.backlog() > BACKLOG and not self.writing.is_set():
+                time.sleep(0.1)
             with self.database.engine.connect() as connection, connection.begin() as transaction:
                 added = {}
                 for place in sorted(
@@ -167,7 +173,7 @@ async def break_brokers(world: World, rng: random.Random) -> None:
         world.away.discard(scope)
 
 
-@pytest.mark.timeout(110 + 2 * SECONDS)
+@pytest.mark.timeout(110 + SECONDS)
 async def test_nothing_is_lost_and_first_deliveries_are_in_order(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +199,7 @@ async def test_nothing_is_lost_and_first_deliveries_are_in_order(
         breaking.cancel()
         world.away.clear()
         world.calm = True
-        await eventually(lambda: database.count() == database.count("parked") == 0, 60 + SECONDS)
+        await eventually(lambda: world.backlog() == 0, 60)
         over.set()
         await asyncio.gather(*relays)
 
