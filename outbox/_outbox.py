@@ -32,7 +32,7 @@ from outbox._message import (
     new_id,
 )
 from outbox.errors import ConfigurationError, EncodingError
-from outbox.tables import CONSUMER_LENGTH, Tables, insert_if_absent, tables_for
+from outbox.tables import CONSUMER_LENGTH, Tables, clock, insert_if_absent, tables_for
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
@@ -234,7 +234,7 @@ class Outbox:
                     inbox.c.outcome == "dead",
                     inbox.c.cycle == cycle,
                 )
-                .values(outcome="done")
+                .values(outcome="done", processed_at=clock())
             )
             return connection.execute(replay).rowcount == 1
         row = {"consumer": consumer, "message_id": id, "outcome": "done"}

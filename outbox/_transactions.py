@@ -22,6 +22,7 @@ _connections: weakref.WeakKeyDictionary[Session, list[weakref.ref[sa.Connection]
 _written: weakref.WeakSet[sa.RootTransaction] = weakref.WeakSet()
 _prepared: weakref.WeakSet[sa.RootTransaction] = weakref.WeakSet()
 _bare_savepoints: weakref.WeakKeyDictionary[sa.RootTransaction, int] = weakref.WeakKeyDictionary()
+_committed: weakref.WeakSet[sa.RootTransaction] = weakref.WeakSet()  # by the release of such a savepoint
 
 
 # ---------------------------------------------------------------- sessions and their connections
@@ -240,3 +241,14 @@ def savepoint_ends(connection: sa.Connection) -> bool:
     if transaction is not None and depth > 1:
         _bare_savepoints[transaction] = depth - 1
     return depth == 1
+
+
+def committed_by_a_savepoint(connection: sa.Connection) -> None:
+    """The savepoint that is about to be released commits."""
+    transaction = connection.get_transaction()
+    if transaction is not None:
+        _committed.add(transaction)
+
+
+def was_committed_by_a_savepoint(connection: sa.Connection) -> bool:
+    return connection.get_transaction() in _committed

@@ -31,7 +31,8 @@ class JsonCodec:
     """JSON as this library promises it: ``datetime`` ISO 8601, ``Decimal`` and ``UUID`` as strings, ``Enum`` by value,
     ``bytes`` base64, dataclasses, attrs and msgspec objects by their fields, pydantic models by pydantic's own rules and
     under their aliases, so that what is written can be read back. NaN and infinities, which JSON does not have, become
-    ``null``.
+    ``null``. Read as no type in particular, ``application/octet-stream`` is bytes, and ``text/…`` is str, as it is read as
+    str.
     """
 
     def encode(self, payload: Any, topic: str) -> tuple[bytes, str]:
@@ -43,6 +44,12 @@ class JsonCodec:
 
         if into is bytes:
             return payload
+        if content_type is not None and content_type != JSON:
+            kind, free = content_type.partition(";")[0].strip().lower(), into is Any or into is None or into is object
+            if free and kind == BYTES:
+                return payload
+            if (free or into is str or into == str | None) and _is_text(kind) and kind != "text/json":
+                return payload.decode(_charset(content_type))
         model = into if isinstance(into, type) else None
         if model is not None and hasattr(model, "model_validate_json"):
             return model.model_validate_json(payload)
@@ -84,11 +91,14 @@ DEFAULT: Final = JsonCodec()
 
 
 def encode(payload: Any, topic: str, content_type: str | None, codec: Codec) -> tuple[bytes | None, str | None]:
-    """(bytes, content type) of a payload. ``bytes`` go as they are, None is a tombstone. Raises `EncodingError`."""
+    """(bytes, content type) of a payload. ``bytes`` go as they are, and so does a str that is said to be ``text/…``; None
+    is a tombstone. Raises `EncodingError`."""
     if payload is None:
         return None, content_type
     if isinstance(payload, (bytes, bytearray, memoryview)):
         return bytes(payload), content_type or BYTES
+    if content_type and isinstance(payload, str) and isinstance(codec, JsonCodec) and _is_text(content_type):
+        return _as_text(payload, topic, content_type), content_type
     try:
         data, natural = codec.encode(payload, topic)
     except Exception as error:
@@ -98,6 +108,25 @@ def encode(payload: Any, topic: str, content_type: str | None, codec: Codec) -> 
     if not isinstance(data, bytes) or not isinstance(natural, str):
         raise _refused(payload, topic, f"{type(codec).__name__}.encode must return (bytes, content type)")
     return data, content_type or natural
+
+
+def _as_text(text: str, topic: str, content_type: str) -> bytes:
+    try:
+        return text.encode(_charset(content_type))
+    except (LookupError, UnicodeError) as error:
+        raise _refused(text, topic, f"it is no text in the charset of {content_type!r}") from error
+
+
+def _is_text(content_type: str) -> bool:
+    return content_type[:5].lower() == "text/"
+
+
+def _charset(content_type: str) -> str:
+    for parameter in content_type.split(";")[1:]:
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "charset":
+            return value.strip(' "') or "utf-8"
+    return "utf-8"
 
 
 def _refused(payload: object, topic: str, why: str) -> EncodingError:

@@ -15,17 +15,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from traceback import extract_tb
 from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
 
 from outbox._outbox import Outbox
-from outbox.errors import ConfigurationError, OutboxError, StoreUnavailable
+from outbox.errors import ConfigurationError, OutboxError
 from outbox.observe.schema import check_schema
 from outbox.stores._run import unavailable
-from outbox.stores.engine import database_url, is_engine, sync_engine_for
+from outbox.stores.engine import is_engine, require_file, sync_engine_for
 from outbox.tables import Tables
 
 T = TypeVar("T")
@@ -43,6 +42,8 @@ GIVEN: Final[ContextVar[Given | None]] = ContextVar("outbox_cli_given", default=
 
 
 def outbox_options(parser: argparse.ArgumentParser, *, database: bool = True) -> None:
+    if parser.epilog is None:
+        exit_status(parser, {0: "done"})
     given = GIVEN.get()
     if given is not None:
         parser.set_defaults(app=None, schema=None, prefix=None, database=given.database)
@@ -52,6 +53,12 @@ def outbox_options(parser: argparse.ArgumentParser, *, database: bool = True) ->
     parser.add_argument("--prefix", help="prefix of the tables, where there is no --app (default: outbox_)")
     if database:
         parser.add_argument("--database", metavar="URL", help="default: $OUTBOX_DATABASE")
+
+
+def exit_status(parser: argparse.ArgumentParser, meanings: Mapping[int, str]) -> None:
+    """Say in ``--help`` what the exit status means; 2 and 3 are the same for every verb."""
+    said = {**meanings, 2: "wrong usage or configuration", 3: "the database or broker is away"}
+    parser.epilog = "exit status: " + "; ".join(f"{number} {meaning}" for number, meaning in sorted(said.items()))
 
 
 def load(path: str) -> Any:
@@ -109,8 +116,8 @@ def ask(options: argparse.Namespace, question: Callable[[sa.Connection, Tables],
 @contextmanager
 def connected(options: argparse.Namespace) -> Iterator[sa.Connection]:
     """A transaction on the database of these options, committed at the end. Raises `StoreUnavailable` for what the driver
-    raises: not reached, not let in, not allowed."""
-    engine = sync_engine_for(options.database)
+    raises: not reached, not let in, not allowed. An SQLite file that is not there is made (see `require_file`)."""
+    engine = sync_engine_for(options.database, create=True)
     try:
         with engine.begin() as connection:
             yield connection
@@ -119,17 +126,6 @@ def connected(options: argparse.Namespace) -> Iterator[sa.Connection]:
     finally:
         if not is_engine(options.database):
             engine.dispose()
-
-
-def require_file(database: str | sa.Engine | None) -> None:
-    """Raises `StoreUnavailable` for an SQLite file that is not there: SQLite would make an empty one out of a typing error.
-    Raises `ConfigurationError` for no database, or no URL."""
-    url = database.url if isinstance(database, sa.Engine) else database_url(database)
-    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:") or "uri" in url.query:
-        return
-    file = Path(str(url.database))
-    if not file.exists():
-        raise StoreUnavailable(f"{url.render_as_string(hide_password=True)}: there is no such file ({file.absolute()})")
 
 
 def positive(text: str) -> float:
@@ -164,31 +160,21 @@ def _plain(value: Any) -> Any:
     raise TypeError(type(value).__name__)
 
 
-def print_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    lines = [[_cell(row.get(column)) for column in columns] for row in rows]
+def print_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, whole: bool = False) -> None:
+    """``whole``: the last column is not cut."""
+    lines = [[_cell(row.get(column), cut=not (whole and column == columns[-1])) for column in columns] for row in rows]
     widths = [max(len(column), *(len(line[i]) for line in lines), 0) for i, column in enumerate(columns)]
     for line in [list(columns), *lines]:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, *, cut: bool = True) -> str:
     if value is None:
         return "-"
     if isinstance(value, dt.datetime):
         return value.strftime("%Y-%m-%d %H:%M:%S")
     text = str(value).replace("\n", " ")
-    return text if len(text) <= 60 else text[:59] + "…"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: ``3.2 s``, ``4 m 12 s``, ``2 h 5 m``, ``3 d 4 h``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(int(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} m {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} m" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+    return text if len(text) <= 60 or not cut else text[:59] + "…"
 
 
 def log_to_stderr(verbose: bool) -> None:

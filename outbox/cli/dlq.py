@@ -5,14 +5,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Final
 
-from outbox.cli._common import outbox_of, outbox_options, print_json, print_table
-from outbox.dead_letters import DeadLetters
-from outbox.dead_letters.letter import DeadLetter
+from outbox.cli._common import count, exit_status, outbox_of, outbox_options, print_json, print_table
+from outbox.dead_letters import DeadLetter, DeadLetters, Plan
 from outbox.errors import ConfigurationError
+from outbox.observe.words import some
 
-CONFIRM_ABOVE = 100  # dead letters; a terminal is asked before more are replayed at once
+CONFIRM_ABOVE: Final = 100  # dead letters; a terminal is asked before more are replayed at once
+
+RELAY: Final = "(relay)"
+"""What is shown, and taken, where the relay has given up and no consumer."""
+
+RELAY_NOTE: Final = (
+    f"{RELAY}: no consumer has seen these; the relay could not send them. Select them with --consumer '{RELAY}'."
+)
+
+
+class Nothing(Exception):
+    """There is nothing of that name, or nothing to do: exit status 1."""
 
 
 def register(commands: Any) -> None:
@@ -20,18 +32,21 @@ def register(commands: Any) -> None:
     verbs = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
 
     groups = verbs.add_parser("groups", help="open dead letters by cause, the largest group first")
-    groups.add_argument("--consumer")
+    groups.add_argument("--consumer", help=f"the consumer that gave up; '{RELAY}' or '' is the relay")
     groups.add_argument("--topic")
+    exit_status(groups, {0: "done, also where none is open"})
     groups.set_defaults(do=do_groups)
 
     listing = verbs.add_parser("list", help="dead letters, oldest first")
     _filters(listing)
     listing.add_argument("--state", choices=("open", "replayed", "discarded", "any"), default="open")
-    listing.add_argument("--limit", type=int, default=50, metavar="ROWS")
+    listing.add_argument("--limit", type=count, default=50, metavar="ROWS")
+    exit_status(listing, {0: "done, also where none matches"})
     listing.set_defaults(do=do_list)
 
     show = verbs.add_parser("show", help="one dead letter: what happened, where, and the exception")
-    show.add_argument("id", metavar="ID")
+    show.add_argument("id", metavar="ID", help="the dead letter's, or the message's (which logs print)")
+    exit_status(show, {0: "done", 1: "there is none of that id"})
     show.add_argument("--payload", action="store_true", help="print the message's payload too")
     show.set_defaults(do=do_show)
 
@@ -40,14 +55,22 @@ def register(commands: Any) -> None:
         ("discard", "close dead letters for good", do_discard),
     ):
         verb = verbs.add_parser(name, help=what)
-        verb.add_argument("id", nargs="?", metavar="ID")
+        verb.add_argument("id", nargs="?", metavar="ID", help="the dead letter's, or the message's (which logs print)")
         _filters(verb)
         verb.add_argument("--why", required=name == "discard", help="goes into the audit")
         verb.add_argument("--who", help="goes into the audit (default: this user and host)")
-        verb.add_argument("--dry-run", action="store_true", help="say how many, change nothing")
+        verb.add_argument("--dry-run", action="store_true", help="say what it would do, change nothing")
         verb.add_argument("--yes", action="store_true", help=f"do not ask before more than {CONFIRM_ABOVE}")
         if name == "replay":
-            verb.add_argument("--limit", type=int, metavar="ROWS", help="at most so many, the oldest")
+            verb.add_argument("--limit", type=count, metavar="ROWS", help="at most so many, the oldest")
+        no = "nothing open matches, or you said no"
+        exit_status(
+            verb,
+            {
+                0: "done; with --dry-run: there is something to do",
+                1: f"{no}, or some stay open since their headers cannot be read" if name == "replay" else no,
+            },
+        )
         verb.set_defaults(do=run)
 
     for verb in verbs.choices.values():
@@ -56,8 +79,8 @@ def register(commands: Any) -> None:
 
 
 def _filters(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--group", metavar="F3A9…", help="fingerprint, as `dlq groups` shows it")
-    parser.add_argument("--consumer", help="the consumer that gave up; '' is the relay")
+    parser.add_argument("--group", metavar="F3A9…", help="as `dlq groups` shows it; its first letters are enough")
+    parser.add_argument("--consumer", help=f"the consumer that gave up; '{RELAY}' or '' is the relay")
     parser.add_argument("--topic")
     parser.add_argument("--type")
     parser.add_argument("--key")
@@ -69,12 +92,67 @@ def _letters(options: argparse.Namespace) -> DeadLetters:
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:
     names = ("group", "consumer", "topic", "type", "key")
-    return {name: value for name in names if (value := getattr(options, name)) is not None}
+    asked = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    if asked.get("consumer") == RELAY:
+        asked["consumer"] = ""
+    return asked
+
+
+def _whole_group(letters: DeadLetters, asked: dict[str, Any], state: str) -> None:
+    """Where a group is asked for by its first letters: the one that begins like this."""
+    if "group" not in asked:
+        return
+    given = asked["group"]
+    found = letters.fingerprints(given, state=state) if given.strip() else {}  # type: ignore[arg-type]
+    if given.strip().upper() in found:
+        found = {given.strip().upper(): 1}
+    if not found:
+        which = "dead letter" if state == "any" else f"{state} dead letter"
+        raise Nothing(f"no {which} is of group {given!r}; `outbox dlq groups` lists them")
+    if len(found) > 1:
+        which = ", ".join(f"{name} ({some(number, 'dead letter')})" for name, number in found.items())
+        raise ConfigurationError(f"group {given!r}: several begin like this: {which}. Write more of the one you mean")
+    asked["group"] = next(iter(found))
+
+
+def _named(letters: DeadLetters, id: str, asked: dict[str, Any], *, closed: bool) -> DeadLetter:
+    """The dead letter of that id, or of the message of that id, that meets what else is asked. ``closed``: also one that is
+    not open."""
+    wanted = {"fingerprint" if name == "group" else name: value for name, value in asked.items()}
+    found = [
+        letter for letter in letters.named(id) if all(getattr(letter, name) == value for name, value in wanted.items())
+    ]
+    if not found:
+        rest = " that fits the rest" if asked else ""
+        raise Nothing(
+            f"there is no dead letter {id}, and none of a message of that id{rest}: see `outbox dlq list --state any` and "
+            f"`outbox trace {id}`"
+        )
+    fits = found if closed else [letter for letter in found if letter.state == "open"]
+    if not fits:
+        states = ", ".join(f"dead letter {letter.id} is {letter.state} already" for letter in found)
+        raise Nothing(states)
+    if len(fits) > 1:
+        lines = "".join(
+            f"\n  {letter.id}  {letter.consumer or RELAY}  {letter.state}  cycle {letter.cycle}  "
+            f"{letter.exception_type or letter.reason}  {letter.dead_at:%Y-%m-%d %H:%M:%S}"
+            for letter in fits
+        )
+        raise ConfigurationError(
+            f"message {fits[0].message_id} has {len(fits)} dead letters; say which one by its own id:{lines}"
+        )
+    return fits[0]
+
+
+def _nothing(options: argparse.Namespace, why: Nothing) -> int:
+    print(f"outbox dlq {options.what}: {why}", file=sys.stderr)
+    return 1
 
 
 def do_groups(options: argparse.Namespace) -> int:
     with _letters(options) as letters:
-        groups = letters.groups(consumer=options.consumer, topic=options.topic)
+        asked = _asked(options)
+        groups = letters.groups(consumer=asked.get("consumer"), topic=asked.get("topic"))
     if options.json:
         print_json([dataclasses.asdict(group) for group in groups])
     elif not groups:
@@ -84,7 +162,7 @@ def do_groups(options: argparse.Namespace) -> int:
             {
                 "group": g.fingerprint,
                 "count": g.count,
-                "consumer": g.consumer or "(relay)",
+                "consumer": g.consumer or RELAY,
                 "type": g.type,
                 "reason": g.reason,
                 "exception": g.exception_type,
@@ -94,19 +172,32 @@ def do_groups(options: argparse.Namespace) -> int:
             for g in groups
         ]
         print_table(rows, tuple(rows[0]))
+        _explain_relay(not g.consumer for g in groups)
     return 0
 
 
+def _explain_relay(there: Iterable[bool]) -> None:
+    if any(there):
+        print(f"\n{RELAY_NOTE}")
+
+
 def do_list(options: argparse.Namespace) -> int:
-    with _letters(options) as letters:
-        found = letters.find(**_asked(options), state=options.state, limit=options.limit)
+    asked = _asked(options)
+    try:
+        with _letters(options) as letters:
+            _whole_group(letters, asked, options.state)
+            found = letters.find(**asked, state=options.state, limit=options.limit)
+    except Nothing:
+        found = []
     if options.json:
         print_json([_plain(letter, payload=False) for letter in found])
     elif not found:
         print("No dead letters match.")
     else:
         columns = ("id", "consumer", "topic", "key", "type", "reason", "exception_type", "attempts", "state", "dead_at")
-        print_table([{c: getattr(letter, c) for c in columns} for letter in found], columns)
+        shown = [{c: getattr(letter, c) for c in columns} | {"consumer": letter.consumer or RELAY} for letter in found]
+        print_table(shown, columns)
+        _explain_relay(not letter.consumer for letter in found)
         if len(found) == options.limit:
             print(f"({options.limit} shown; --limit shows more)", file=sys.stderr)
     return 0
@@ -114,11 +205,11 @@ def do_list(options: argparse.Namespace) -> int:
 
 def do_show(options: argparse.Namespace) -> int:
     """Exit status 1 if there is none of that id."""
-    with _letters(options) as letters:
-        letter = letters.get(options.id)
-    if letter is None:
-        print(f"outbox dlq show: there is no dead letter {options.id}", file=sys.stderr)
-        return 1
+    try:
+        with _letters(options) as letters:
+            letter = _named(letters, options.id, {}, closed=True)
+    except Nothing as why:
+        return _nothing(options, why)
     found = _plain(letter, payload=options.payload)
     if options.json:
         print_json(found)
@@ -126,7 +217,7 @@ def do_show(options: argparse.Namespace) -> int:
     stack = found.pop("stack")
     for name, value in found.items():
         if value is not None:
-            print(f"{name:<18} {value if value != '' else '(relay)'}")
+            print(f"{name:<18} {value if (name, value) != ('consumer', '') else RELAY}")
     if stack:
         print(f"\n{stack.rstrip()}")
     return 0
@@ -143,57 +234,72 @@ def _plain(letter: DeadLetter, *, payload: bool) -> dict[str, Any]:
 
 
 def do_replay(options: argparse.Namespace) -> int:
-    with _letters(options) as letters:
-        count = _how_many(letters, options, "replay", options.limit)
-        if count is None:
-            return 1
-        done = letters.replay(options.id, **_asked(options), limit=options.limit, who=options.who, why=options.why)
+    try:
+        with _letters(options) as letters:
+            which = _which(letters, options)
+            plan = letters.plan(**which, limit=options.limit)
+            if options.dry_run:
+                return _would(options, plan.count, plan)
+            if not _confirmed(options, plan.count):
+                return 1
+            done = letters.replay(**which, limit=options.limit, who=options.who, why=options.why)
+    except Nothing as why:
+        return _nothing(options, why)
     if options.json:
-        print_json({"replayed": done.count, "skipped": [str(id) for id in done.skipped]})
+        print_json({"replayed": done.count, "skipped": [str(id) for id in done.skipped], **plan.as_dict()})
     else:
-        print(f"{done.count} dead letters handed back.")
+        print(f"Handed back {some(done.count, 'dead letter')}.")
+        print(*plan.notes(), sep="\n")
         for id in done.skipped:
             print(f"left open, its headers cannot be read: {id}", file=sys.stderr)
-    return 0
+    return 1 if done.skipped or not done.count else 0
 
 
 def do_discard(options: argparse.Namespace) -> int:
-    with _letters(options) as letters:
-        if _how_many(letters, options, "discard", None) is None:
-            return 1
-        count = letters.discard(options.id, **_asked(options), who=options.who, why=options.why)
+    try:
+        with _letters(options) as letters:
+            which = _which(letters, options)
+            number = 1 if "id" in which else letters.count(**which)
+            if options.dry_run:
+                return _would(options, number, None)
+            if not _confirmed(options, number):
+                return 1
+            number = letters.discard(**which, who=options.who, why=options.why)
+    except Nothing as why:
+        return _nothing(options, why)
     if options.json:
-        print_json({"discarded": count})
+        print_json({"discarded": number})
     else:
-        print(f"{count} dead letters discarded.")
-    return 0
+        print(f"Discarded {some(number, 'dead letter')}.")
+    return 0 if number else 1
 
 
-def _how_many(letters: DeadLetters, options: argparse.Namespace, verb: str, limit: int | None) -> int | None:
-    """How many it would be; None if nothing is to be done (a dry run, or the answer was no)."""
+def _which(letters: DeadLetters, options: argparse.Namespace) -> dict[str, Any]:
+    """What is asked for, as `DeadLetters.replay` takes it. Raises `Nothing` where that is nothing."""
     asked = _asked(options)
-    if options.id is None and not asked:
-        raise ConfigurationError(f"dlq {verb}: say which: an ID, or --group, --consumer, --topic, --type or --key")
     if options.id is not None:
-        letter = letters.get(options.id)
-        if letter is None:
-            raise ConfigurationError(f"dlq {verb}: there is no dead letter {options.id}")
-        if letter.state != "open":
-            raise ConfigurationError(f"dlq {verb}: dead letter {options.id} is {letter.state} already")
-        count = 1
+        _whole_group(letters, asked, "open")
+        return {"id": _named(letters, options.id, asked, closed=False).id}
+    if not asked:
+        raise ConfigurationError(f"{options.what}: say which: an ID, or --group, --consumer, --topic, --type or --key")
+    _whole_group(letters, asked, "open")
+    if not letters.count(**asked):
+        raise Nothing("no open dead letter matches")
+    return asked
+
+
+def _would(options: argparse.Namespace, number: int, plan: Plan | None) -> int:
+    if options.json:
+        print_json({"would": number, **(plan.as_dict() if plan else {})})
     else:
-        count = letters.count(**asked)
-        if not count and options.group and not any(g.fingerprint == options.group.upper() for g in letters.groups()):
-            raise ConfigurationError(f"dlq {verb}: there is no open group {options.group}; see `outbox dlq groups`")
-    count = count if limit is None else min(count, limit)
-    if options.dry_run:
-        if options.json:
-            print_json({"would": count})
-        else:
-            print(f"Would {verb} {count} dead letters.")
-        return None
-    if count > CONFIRM_ABOVE and not options.yes and sys.stdin.isatty():
-        answer = input(f"{verb.capitalize()} {count} dead letters? [y/N] ")
-        if answer.strip().lower() not in ("y", "yes"):
-            return None
-    return count
+        print(f"Would {options.what} {some(number, 'dead letter')}.")
+        if plan:
+            print(*plan.notes(), sep="\n")
+    return 0 if number else 1
+
+
+def _confirmed(options: argparse.Namespace, number: int) -> bool:
+    if number <= CONFIRM_ABOVE or options.yes or not sys.stdin.isatty():
+        return True
+    answer = input(f"{options.what.capitalize()} {some(number, 'dead letter')}? [y/N] ")
+    return answer.strip().lower() in ("y", "yes")

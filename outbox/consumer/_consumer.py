@@ -17,7 +17,7 @@ from outbox._outbox import Outbox
 from outbox.consumer import effect, handing
 from outbox.consumer.attempts import Attempts
 from outbox.consumer.effect import DatabaseTrouble
-from outbox.consumer.handlers import Handlers
+from outbox.consumer.handlers import Handlers, Unknown
 from outbox.consumer.incoming import Identify
 from outbox.consumer.processing import Database as DatabaseWatch
 from outbox.consumer.processing import Processing
@@ -61,6 +61,10 @@ class Consumer:
     this process keeps over restarts, so that its share comes back at once. ``message_id``: from a `Delivery` to an id that
     is the same whenever it is delivered again; needed for messages without ``outbox-id`` on brokers without offsets.
 
+    ``unknown``: what becomes of a message whose topic it reads and whose type none of its handlers is for. "dead": a dead
+    letter (reason ``no-handler``), so that nothing is lost silently. "ignore": it is acknowledged and counted in ``state``,
+    and leaves no inbox row and no dead letter; said in the log once for each topic and type. A replay is never ignored.
+
     Raises `ConfigurationError` for what can never work. A killed process loses nothing: what was not committed comes
     again, what was is skipped. Attempts are counted in the database, so they survive too.
     """
@@ -81,11 +85,18 @@ class Consumer:
         window: int = 500,
         member: str | None = None,
         message_id: Identify | None = None,
+        unknown: Unknown = "dead",
     ) -> None:
+        _check_arguments(name, outbox)
         if not isinstance(name, str) or not 0 < len(name) <= CONSUMER_LENGTH or "\x00" in name:
             raise ConfigurationError(f"consumer {name!r}: its name has 1 to {CONSUMER_LENGTH} characters")
         if ordering not in ("key", "none"):
             raise ConfigurationError(f"consumer {name!r}: ordering={ordering!r}; 'key' and 'none' are possible")
+        if unknown not in ("dead", "ignore"):
+            raise ConfigurationError(
+                f"consumer {name!r}: unknown={unknown!r}; messages without a handler become dead letters ('dead') or are "
+                "passed over ('ignore')"
+            )
         for option, number in (("concurrency", concurrency), ("window", window)):
             if not isinstance(number, int) or number < 1:
                 raise ConfigurationError(f"consumer {name!r}: {option}={number!r}; it is a number from 1 on")
@@ -103,7 +114,7 @@ class Consumer:
         self._around, self._provide = around, dict(provide or {})
         self._keep_order, self._concurrency, self._window = ordering == "key", concurrency, window
         self._member, self._identify = member, message_id
-        self._handlers = Handlers(name, self._provide, outbox.codec)
+        self._handlers = Handlers(name, self._provide, outbox.codec, unknown)
         self._stop: asyncio.Event | None = None
         self._task: asyncio.Task[None] | None = None
         effect.install()
@@ -118,18 +129,25 @@ class Consumer:
 
     # ------------------------------------------------------------ handlers
 
-    def on(self, what: str | type, *, type: str | None = None) -> Callable[[Function], Function]:
+    # None has no meaning: with it, what is left out can be said by us, and not by Python
+    def on(self, what: str | type | None = None, *, type: str | None = None) -> Callable[[Function], Function]:
         """Register a handler: ``@consumer.on(OrderPlaced)`` for a declared class, ``@consumer.on("orders",
         type="order.placed")`` for a topic and type, ``@consumer.on("orders")`` for the topic's types that have no handler
-        of their own.
+        of their own. What has none at all becomes a dead letter, or is ignored (``Consumer(unknown=…)``).
 
         The first parameter is the payload, decoded to its annotation: a dataclass, pydantic, attrs or msgspec class, dict,
-        bytes, `Message`, Any. The others are bound by annotation (``Session``, ``AsyncSession``, `Message`), by name
-        (``session``, ``message``), then from ``provide``. A handler may return a declared message, or a list of them: they
-        are added in the same transaction. The function itself is returned unchanged.
+        bytes, `Message`, Any. Without one, or with Any, it is what the content type says: str for ``text/…``, bytes for
+        ``application/octet-stream``, else what the JSON holds. The others are bound by annotation (``Session``,
+        ``AsyncSession``, `Message`), by name (``session``, ``message``), then from ``provide``. A handler may return a
+        declared message, or a list of them: they are added in the same transaction. The function itself is returned
+        unchanged.
+
+        What it raises is logged by its type and the place in your code, and kept in the dead letter. Its text goes into the
+        log only where it is ours (`Retry` and `Drop` included): others can quote payloads.
 
         Raises `ConfigurationError` for what cannot be served, naming handler and argument.
         """
+        self._handlers.subject(what, type)  # said here: on(function) would never come to the next line
 
         def register(function: Function) -> Function:
             # The names around the decorated function: its annotations may be text and its classes local.
@@ -146,8 +164,9 @@ class Consumer:
 
     def handle(self, message: object, where: object) -> bool:
         """Handle one message in the transaction of a session of yours: claim, handler, outgoing messages; no commit. For
-        tests, webhooks and other loops. ``message``: an object of a declared class, or a `Message`. False: it was handled
-        before, and nothing was done. What the handler raises comes through; roll back then.
+        tests, webhooks and other loops. ``message``: an object of a declared class, or a `Message`. False: nothing was done,
+        since it was handled before, or has no handler and such messages are ignored. What the handler raises comes through;
+        roll back then.
 
         Async: ``await session.run_sync(consumer.handle, event)``, which runs async handlers too.
         """
@@ -170,7 +189,8 @@ class Consumer:
         """Run until SIGTERM or SIGINT, then drain: finish what is being handled, acknowledge it, leave the group; after
         ``deadline`` seconds what is left is abandoned, to be delivered again. A second signal stops at once.
 
-        What is given here goes before what the consumer was made with. Raises `ConfigurationError` and `SchemaMismatch`.
+        What is given here goes before what the consumer was made with. Raises `ConfigurationError`, `SchemaMismatch`, and
+        `StoreUnavailable` for an SQLite file that is not there.
         """
         self._database = database if database is not None else self._database
         self._transport = transport if transport is not None else self._transport
@@ -192,9 +212,9 @@ class Consumer:
             await self.arun(stop, deadline=deadline)
 
     async def __aenter__(self) -> Self:
-        """Run beside an application. Does not fail because a broker or the database is away; `ConfigurationError` and
-        `SchemaMismatch` are raised. A consumer that dies later is logged, is in ``state.error``, and never cancels the
-        application."""
+        """Run beside an application. Does not fail because a broker or the database is away; `ConfigurationError`,
+        `SchemaMismatch`, and `StoreUnavailable` for an SQLite file that is not there, are raised. A consumer that dies later
+        is logged, is in ``state.error``, and never cancels the application."""
         transactions, transport, owned = self._open()
         try:
             with contextlib.suppress(DatabaseTrouble):  # waited for in the background
@@ -282,6 +302,18 @@ class Consumer:
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.critical("consumer %s in this process has died: %s", self.name, error, exc_info=error)
+
+
+def _check_arguments(name: object, outbox: object) -> None:
+    if isinstance(name, Outbox) and isinstance(outbox, str):
+        raise ConfigurationError(
+            f"Consumer(outbox, {outbox!r}): the arguments are swapped: write Consumer({outbox!r}, outbox)"
+        )
+    if isinstance(name, str) and not isinstance(outbox, Outbox):
+        raise ConfigurationError(
+            f"consumer {name!r}: its second argument is your Outbox, not a {type(outbox).__name__}: write "
+            f"Consumer({name!r}, outbox)"
+        )
 
 
 async def _before(stop: asyncio.Event, work: Any) -> bool:

@@ -105,6 +105,12 @@ class Attempts:
             )
         return attempts, False
 
+    def handled_now(self, connection: sa.Connection, incoming: Incoming) -> None:
+        """Of a replay, whose inbox row is as old as its first life: it happened now, and is remembered from now on."""
+        inbox = self.tables.inbox
+        mine = sa.and_(inbox.c.consumer == self.consumer, inbox.c.message_id == incoming.message.id)
+        connection.execute(sa.update(inbox).where(mine).values(processed_at=clock()))
+
     def forget(self, connection: sa.Connection, incoming: Incoming) -> None:
         """Delete the attempt row, if there is one: the message is done, or a dead letter."""
         connection.execute(sa.delete(self.tables.attempt).where(self._mine(incoming)))

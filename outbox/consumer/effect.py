@@ -73,6 +73,8 @@ class Effect:
             session.flush()
             if not self._claim(session):
                 return False
+        if self.incoming.replay:
+            self.attempts.handled_now(connection, self.incoming)
         if self.incoming.has_attempt_row:
             self.attempts.forget(connection, self.incoming)
         return True

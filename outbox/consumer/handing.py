@@ -10,20 +10,20 @@ from outbox._message import Message, declaration
 from outbox._outbox import Outbox
 from outbox.consumer.effect import outgoing
 from outbox.consumer.handlers import Handlers
-from outbox.errors import ConfigurationError, TransactionError
+from outbox.errors import TransactionError
 
 
 def handle(outbox: Outbox, consumer: str, handlers: Handlers, first: object, second: object) -> bool:
-    """Claim and handle; False where the inbox has it already. One of the two is the session: ``run_sync`` passes it first."""
+    """Claim and handle; False where the inbox has it already, or it is ignored. One of the two is the session:
+    ``run_sync`` passes it first."""
     message, where = (second, first) if _is_session(first) else (first, second)
     session = _session(where)
     message = message if isinstance(message, Message) else _message(outbox, message)
     handler = handlers.find(message.topic, message.type)
     if handler is None:
-        raise ConfigurationError(
-            f"consumer {consumer!r} has no handler for type {message.type!r} of topic {message.topic!r}; it has topics "
-            f"{list(handlers.topics)}"
-        )
+        if handlers.unknown == "ignore":
+            return False
+        raise handlers.missing(message)
     payload = handler.decode(message, outbox.codec)
     if not outbox.claim(session, consumer, message.id):
         return False

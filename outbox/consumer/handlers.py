@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from outbox import encoding
 from outbox._message import Message, check_topic, check_type, declaration
 from outbox.consumer.annotations import Unresolved, strip
 from outbox.consumer.binding import Handler, bind, handler_name
 from outbox.errors import ConfigurationError, EncodingError
+
+Unknown = Literal["dead", "ignore"]
 
 _NOT_DECODED: Final = (Any, object, bytes, Message)
 
@@ -26,11 +29,15 @@ class _Registered:
 
 
 class Handlers:
-    """``codec`` is the outbox's; with the default one, payload types it can never read are refused at the start."""
+    """``codec`` is the outbox's; with the default one, payload types it can never read are refused at the start.
+    ``unknown``: what becomes of messages without a handler."""
 
-    def __init__(self, consumer: str, provide: Mapping[str, Any], codec: encoding.Codec) -> None:
+    def __init__(
+        self, consumer: str, provide: Mapping[str, Any], codec: encoding.Codec, unknown: Unknown = "dead"
+    ) -> None:
         self.consumer = consumer
         self.provide = provide
+        self.unknown = unknown
         self._codec = codec
         self._registered: dict[tuple[str, str | None], _Registered] = {}
 
@@ -42,7 +49,7 @@ class Handlers:
         """Register a handler for a declared class or a topic. Raises `ConfigurationError`; nothing is registered then."""
         if not callable(function):
             raise ConfigurationError(f"consumer {self.consumer!r}: {function!r} is no function")
-        topic, type, declared = self._what(what, type)
+        topic, type, declared = self.subject(what, type)
         known = self._registered.get((topic, type))
         if known is not None:
             raise ConfigurationError(
@@ -70,7 +77,7 @@ class Handlers:
         a payload type that JSON cannot be read as."""
         if not self._registered:
             raise ConfigurationError(
-                f"consumer {self.consumer!r} has no handler: decorate one with @{self.consumer}.on(…), and import its module"
+                f"consumer {self.consumer!r} has no handler: decorate one with @{self._name}.on(…), and import its module"
             )
         handlers = [self._bind(registered) for registered in self._registered.values()]
         if self._codec is encoding.DEFAULT:
@@ -97,7 +104,41 @@ class Handlers:
                 ) from error
         return registered.handler
 
-    def _what(self, what: object, type: str | None) -> tuple[str, str | None, Any]:
+    def missing(self, message: Message) -> ConfigurationError:
+        """What is said of a message without a handler."""
+        what, more = "messages of ", ""
+        if message.type is not None:
+            what, more = "", f"a handler with @{self._name}.on({message.topic!r}, type={message.type!r}), "
+        return ConfigurationError(
+            f"consumer {self.consumer!r} has no handler for {what}{self.kind(message)}: add {more}a handler for all "
+            f"that have none of their own with @{self._name}.on({message.topic!r}), or have them ignored with "
+            f"Consumer({self.consumer!r}, …, unknown='ignore'). It has handlers for topics {list(self.topics)}"
+        )
+
+    @staticmethod
+    def kind(message: Message) -> str:
+        """The messages of which this is one, as the log shows them."""
+        if message.type is None:
+            return f"topic {message.topic!r} without a type"
+        return f"type {message.type!r} of topic {message.topic!r}"
+
+    @property
+    def _name(self) -> str:
+        """What the consumer is called in the user's module, most likely."""
+        return self.consumer if self.consumer.isidentifier() else "consumer"
+
+    def subject(self, what: object, type: str | None) -> tuple[str, str | None, Any]:
+        """(topic, type, declared class) of what stands in ``on(…)``. Raises `ConfigurationError`."""
+        if what is None or (callable(what) and not isinstance(what, builtins.type)):
+            # @consumer.on without parentheses, where the function itself stands, or with empty ones
+            whose, shown = "", "()" if type is None else f"(type={type!r})"
+            if what is not None:
+                whose, shown = f", handler {handler_name(what)}", ""
+            raise ConfigurationError(
+                f"consumer {self.consumer!r}{whose}: @{self._name}.on{shown} needs what it handles: write "
+                f'@{self._name}.on(OrderPlaced) for a declared class, @{self._name}.on("orders", type="order.placed") for a '
+                f'topic and type, or @{self._name}.on("orders") for a topic'
+            )
         try:
             if isinstance(what, str):
                 topic = check_topic(what)

@@ -21,6 +21,7 @@ from outbox.consumer.incoming import Incoming
 from outbox.consumer.retries import Retries
 from outbox.consumer.state import State
 from outbox.consumer.transactions import Transactions
+from outbox.dead_letters.exception_text import own_words
 from outbox.dead_letters.record import Failure, Reason
 from outbox.errors import DecodingError, Drop
 
@@ -31,6 +32,8 @@ T = TypeVar("T")
 SPARED: Final = 5
 """How often one message's failure is put down to a lost connection or a busy SQLite while the database answers at once
 afterwards. Beyond that it counts: a message whose handler kills its connection must not be tried for ever."""
+
+KINDS: Final = 1000  # of ignored messages, by topic and type, that are logged: foreign producers may have any number
 
 
 class Next(enum.Enum):
@@ -137,20 +140,20 @@ class Processing:
         self.retries = retries
         self.provide = provide
         self.state = state
+        self._passed_over: set[tuple[str, str | None]] = set()
 
     async def process(self, incoming: Incoming) -> Next | Wait:
-        """Try a message once. ``DONE``: its effect or its dead letter is committed, acknowledge it. Raises what is a defect
-        of this library only."""
+        """Try a message once. ``DONE``: its effect or its dead letter is committed, or it is ignored: acknowledge it. Raises
+        what is a defect of this library only."""
         counts = self.state.counts
-        if incoming.trouble is not None:
-            return await self._dead(incoming, None, "undeserializable", incoming.trouble)
         message = incoming.message
         handler = self.handlers.find(message.topic, message.type)
+        if handler is None and self.handlers.unknown == "ignore" and not incoming.replay:
+            return await self._ignored(incoming)
+        if incoming.trouble is not None:
+            return await self._dead(incoming, None, "undeserializable", incoming.trouble)
         if handler is None:
-            missing = LookupError(
-                f"consumer {self.handlers.consumer!r} has no handler for type {message.type!r} of topic {message.topic!r}"
-            )
-            return await self._dead(incoming, None, "no-handler", missing)
+            return await self._dead(incoming, None, "no-handler", self.handlers.missing(message))
         try:
             payload = handler.decode(message, self.outbox.codec)
         except DecodingError as error:
@@ -203,11 +206,11 @@ class Processing:
         incoming.failures = attempts
         message = incoming.message
         if dead:
-            self._is_dead(incoming, failure)
+            self._is_dead(incoming, failure, error)
             return Next.DONE
         log.warning(
             "message %s of %s failed in %s (attempt %d of %d), again in %.1f s: %s",
-            message.id, message.topic, handler.name, attempts, retries.attempts, delays[0], failure.exception_type,
+            message.id, message.topic, handler.name, attempts, retries.attempts, delays[0], _shown(failure, error),
         )  # fmt: skip
         return Wait(delays[0])
 
@@ -217,14 +220,37 @@ class Processing:
         tried = int(reason == "rejected")
         written = await self.database.patiently(lambda c: self.attempts.dead(c, incoming, failure, tried=tried))
         if written:
-            self._is_dead(incoming, failure)
+            self._is_dead(incoming, failure, error)
         else:
             self.state.counts.skipped += 1
         return Next.DONE
 
-    def _is_dead(self, incoming: Incoming, failure: Failure) -> None:
+    def _is_dead(self, incoming: Incoming, failure: Failure, error: BaseException) -> None:
         self.state.counts.dead += 1
         log.error(
-            "message %s of %s is a dead letter of consumer %s (%s, %s)",
-            incoming.message.id, incoming.message.topic, self.attempts.consumer, failure.reason, failure.exception_type,
+            "message %s of %s is a dead letter of consumer %s (%s): %s",
+            incoming.message.id, incoming.message.topic, self.attempts.consumer, failure.reason, _shown(failure, error),
         )  # fmt: skip
+
+    async def _ignored(self, incoming: Incoming) -> Next:
+        """Of a type without a handler, where the consumer was told to pass such messages over."""
+        message = incoming.message
+        if incoming.failures:  # it had a handler once
+            await self.database.patiently(lambda c: self.attempts.forget(c, incoming))
+        self.state.counts.ignored += 1
+        kind = message.topic, message.type
+        if kind not in self._passed_over and len(self._passed_over) < KINDS:
+            self._passed_over.add(kind)
+            log.info(
+                "consumer %s ignores messages of %s (unknown='ignore'): it has no handler for them",
+                repr(self.attempts.consumer), self.handlers.kind(message),
+            )  # fmt: skip
+        return Next.DONE
+
+
+def _shown(failure: Failure, error: BaseException) -> str:
+    """What a log says of an exception: its type, the place in the user's code, and its text where that is ours. Others can
+    quote payloads and the parameters of statements; the dead letter has them."""
+    place = f" at {failure.place}" if failure.place else ""
+    words = own_words(error)
+    return f"{failure.exception_type}{place}" + (f": {words}" if words else "")

@@ -126,8 +126,8 @@ class Runtime:
                     tries, self.state.broker = 0, None
             except Unavailable as error:
                 tries += 1
-                if tries == 1:
-                    log.error("the broker is unavailable, trying again: %s", error)
+                if str(error) != self.state.broker:  # once for each reason, not for each try
+                    log.error("consumer %s cannot read from the broker, and tries again: %s", self.name, error)
                 self.state.broker = str(error)
                 await asyncio.sleep(BROKER.delay(tries))
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Counts:
-    """Messages since the start. Each that was received is ``handled``, ``skipped`` (its effect was there already) or
-    ``dead`` in the end, or is still in ``State.in_memory``, or was dropped to be delivered again."""
+    """Messages since the start. Each that was received is ``handled``, ``skipped`` (its effect was there already),
+    ``ignored`` or ``dead`` in the end, or is still in ``State.in_memory``, or was dropped to be delivered again."""
 
     received: int = 0
     """From the broker."""
@@ -19,6 +19,8 @@ class Counts:
     skipped: int = 0
     failed: int = 0
     """Attempts that failed."""
+    ignored: int = 0
+    """Without a handler, by a consumer with ``unknown="ignore"``."""
     dead: int = 0
 
 

@@ -17,8 +17,8 @@ from outbox._transactions import connection_for
 from outbox.consumer.binding import Handler
 from outbox.consumer.effect import DatabaseTrouble, Effect, guarded
 from outbox.consumer.threads import Threads
-from outbox.errors import ConfigurationError, OutboxError
-from outbox.stores.engine import Database, async_engine_for, is_engine, sync_engine_for
+from outbox.errors import ConfigurationError, OutboxError, StoreUnavailable
+from outbox.stores.engine import Database, async_engine_for, is_engine, require_file, sync_engine_for
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -58,8 +58,8 @@ class Transactions:
     # ------------------------------------------------------------ opening
 
     def open(self, handlers: Iterable[Handler]) -> None:
-        """Find out who gets what. Raises `ConfigurationError` for a handler that this database cannot serve. Connects to
-        nothing."""
+        """Find out who gets what. Raises `ConfigurationError` for a handler that this database cannot serve, and
+        `StoreUnavailable` for an SQLite file that is not there. Connects to nothing."""
         self._loop = asyncio.get_running_loop()
         handlers = list(handlers)
         if self._given is not None:
@@ -92,6 +92,8 @@ class Transactions:
                 wants_sync, wants_async = True, False
             else:
                 wants_sync, wants_async = False, True
+        else:
+            require_file(self._database)  # later, one that is gone is waited for
         if wants_async:
             engine = async_engine_for(self._database, pool_size=self._connections, pre_ping=False)
             self._async_engine = engine
@@ -133,6 +135,8 @@ class Transactions:
             if self._sync_sessions is not None:
                 return await self._threads.run(self._run_in_session, work)
             return await self._run_in_async_session(work)
+        except StoreUnavailable as error:
+            raise DatabaseTrouble from error
         except (OutboxError, DatabaseTrouble):
             raise
         except Exception as error:

@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 import sqlalchemy as sa
 
+from outbox._message import message_id as named_message
 from outbox._outbox import Outbox
 from outbox.dead_letters import letter as letters
+from outbox.dead_letters import plan as planning
 from outbox.dead_letters import replay as replaying
 from outbox.dead_letters.letter import DeadLetter, Filter, Group
+from outbox.dead_letters.plan import Plan
 from outbox.dead_letters.record import State, now
 from outbox.errors import ConfigurationError
+from outbox.observe.schema import check_schema
 from outbox.stores._run import unavailable
 from outbox.stores.engine import is_engine, sync_engine_for
 
@@ -43,13 +47,15 @@ class DeadLetters:
     (``await asyncio.to_thread(dead_letters.groups)``). An engine made here is disposed of by `close`, or at the end of
     ``with DeadLetters(…) as dead_letters``.
 
-    Every method raises `StoreUnavailable` when the database cannot be asked.
+    Every method raises `StoreUnavailable` when the database cannot be asked, and `SchemaMismatch` when its tables are
+    missing or of another version.
     """
 
     def __init__(self, outbox: Outbox, *, database: str | sa.URL | sa.Engine | AsyncEngine | None = None) -> None:
         self.outbox = outbox
         self._database = database
         self._engine: sa.Engine | None = None
+        self._checked = False
 
     def __enter__(self) -> Self:
         return self
@@ -59,7 +65,7 @@ class DeadLetters:
 
     def close(self) -> None:
         """Let go of the connections. Usable again afterwards."""
-        engine, self._engine = self._engine, None
+        engine, self._engine, self._checked = self._engine, None, False
         if engine is not None and not is_engine(self._database):
             engine.dispose()
 
@@ -78,11 +84,20 @@ class DeadLetters:
         topic: str | None = None,
         type: str | None = None,
         key: str | None = None,
+        message_id: uuid.UUID | str | None = None,
         state: State | Literal["any"] = "open",
         limit: int = 100,
     ) -> list[DeadLetter]:
         """Up to ``limit`` dead letters (rows) that meet all conditions, oldest first. ``consumer=""`` is the relay."""
-        wanted = Filter(group=group, consumer=consumer, topic=topic, type=type, key=key, state=state)
+        wanted = Filter(
+            message_id=None if message_id is None else named_message(message_id),
+            group=group,
+            consumer=consumer,
+            topic=topic,
+            type=type,
+            key=key,
+            state=state,
+        )
         return self._run(lambda connection: letters.find(connection, self.outbox.tables, wanted, limit))
 
     def count(
@@ -105,7 +120,40 @@ class DeadLetters:
         found = self._run(lambda connection: letters.find(connection, self.outbox.tables, wanted, 1))
         return found[0] if found else None
 
+    def named(self, id: uuid.UUID | str) -> list[DeadLetter]:
+        """Those that an id from a log can mean, whatever their state: the dead letter of that id, or all of the message of
+        that id (one a consumer and cycle; any text, as a foreign producer's id may be), those that died first first."""
+        same = named_message(id)
+
+        def look(connection: sa.Connection) -> list[DeadLetter]:
+            own = letters.find(connection, self.outbox.tables, Filter(id=same, state="any"), 1)
+            of_message = Filter(message_id=same, state="any")
+            return own or letters.find(connection, self.outbox.tables, of_message, 1000)
+
+        return self._run(look)
+
+    def fingerprints(self, prefix: str = "", *, state: State | Literal["any"] = "open") -> dict[str, int]:
+        """The groups whose fingerprint begins like this, with how many dead letters of that state they have."""
+        wanted = Filter(state=state)
+        return self._run(lambda connection: letters.fingerprints(connection, self.outbox.tables, prefix, wanted))
+
     # ------------------------------------------------------------ mend
+
+    def plan(
+        self,
+        id: uuid.UUID | str | None = None,
+        *,
+        group: str | None = None,
+        consumer: str | None = None,
+        topic: str | None = None,
+        type: str | None = None,
+        key: str | None = None,
+        limit: int | None = None,
+    ) -> Plan:
+        """What `replay` would do now, selected as it selects, and what is known of the risk: to whom the letters go, whether
+        their handlers have run, which later messages of their keys have been handled. Changes nothing."""
+        wanted = _wanted("plan", id, group, consumer, topic, type, key)
+        return self._run(lambda connection: planning.plan(connection, self.outbox.tables, wanted, limit))
 
     def replay(
         self,
@@ -185,9 +233,15 @@ class DeadLetters:
             self._engine = sync_engine_for(self._database)
         try:
             with self._engine.begin() as connection:
-                return work(connection)
-        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+                if not self._checked:
+                    check_schema(connection, self.outbox.tables)
+                result = work(connection)
+        except (sa.exc.IntegrityError, sa.exc.DataError):
+            raise  # not the database's fault, but the statement's
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
             raise unavailable(self._engine, error) from error
+        self._checked = True
+        return result
 
 
 def _wanted(

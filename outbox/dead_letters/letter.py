@@ -73,6 +73,7 @@ class Filter:
     """Which dead letters: all conditions together, None for any. ``group`` is a fingerprint; ``consumer=""`` the relay."""
 
     id: uuid.UUID | None = None
+    message_id: uuid.UUID | None = None
     group: str | None = None
     consumer: str | None = None
     topic: str | None = None
@@ -86,7 +87,7 @@ class Filter:
             raise ConfigurationError(f"state {self.state!r}: {', '.join(STATES)} and any are possible")
         letter = tables.dead_letter
         found = []
-        for name in ("id", "consumer", "topic", "type", "key"):
+        for name in ("id", "message_id", "consumer", "topic", "type", "key"):
             value = getattr(self, name)
             if value is not None:
                 found.append(letter.c[name] == value)
@@ -120,6 +121,18 @@ def count(connection: sa.Connection, tables: Tables, wanted: Filter) -> int:
     """How many dead letters (rows) meet the conditions."""
     query = sa.select(sa.func.count()).select_from(tables.dead_letter).where(*wanted.conditions(tables))
     return connection.scalar(query) or 0
+
+
+def fingerprints(connection: sa.Connection, tables: Tables, prefix: str, wanted: Filter) -> dict[str, int]:
+    """The groups whose fingerprint begins like this, with how many dead letters they have."""
+    letter = tables.dead_letter
+    query = (
+        sa.select(letter.c.fingerprint, sa.func.count())
+        .where(*wanted.conditions(tables), letter.c.fingerprint.startswith(prefix.strip().upper(), autoescape=True))
+        .group_by(letter.c.fingerprint)
+        .order_by(letter.c.fingerprint)
+    )
+    return {fingerprint: number for fingerprint, number in connection.execute(query)}  # noqa: C416
 
 
 def groups(connection: sa.Connection, tables: Tables, wanted: Filter) -> list[Group]:

@@ -7,7 +7,6 @@ import datetime as dt
 import hashlib
 import os
 import sysconfig
-import traceback
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Final, Literal
 import sqlalchemy as sa
 
 from outbox._message import Outgoing, new_id
+from outbox.dead_letters.exception_text import message_of, stack_of, type_of
 from outbox.tables import Tables, UtcDateTime, clock, insert_if_absent
 from outbox.transport import Outcome
 
@@ -41,15 +41,16 @@ class Failure:
     frame: str = ""
     """The innermost frame in the user's code, as ``module:function``; without a line number, so that a deployment that
     moves the line does not make a new group."""
+    place: str = ""
+    """The same as ``file:line``, for a log; not stored."""
 
     @classmethod
     def of(cls, reason: Reason, error: BaseException, *, module: str | None = None) -> Failure:
-        """From an exception. ``module``: where the handler is defined, whose whole package counts as the user's code
-        even where it is installed as a wheel."""
-        kind = type(error)
-        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-        stack = "".join(traceback.format_exception(error))
-        return cls(reason, name[:255], _head(str(error)), _tail(stack), _users_frame(error.__traceback__, module))
+        """From an exception; what it quotes of statements is left out. ``module``: where the handler is defined, whose whole
+        package counts as the user's code even where it is installed as a wheel."""
+        frame, place = _users_frame(error.__traceback__, module)
+        message, stack = _head(message_of(error)), _tail(stack_of(error))
+        return cls(reason, type_of(error)[:255], message, stack, frame, place)
 
     @classmethod
     def of_outcome(cls, reason: Reason, outcome: Outcome) -> Failure:
@@ -178,15 +179,16 @@ _STANDARD: Final = tuple(
 _INSTALLED: Final = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 
 
-def _users_frame(trace: TracebackType | None, module: str | None) -> str:
+def _users_frame(trace: TracebackType | None, module: str | None) -> tuple[str, str]:
     package = module.partition(".")[0] if module else None
-    found = ""
+    found = place = ""
     while trace is not None:
         code, name = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__", "")
         if (package and name.partition(".")[0] == package) or _is_users(code.co_filename):
             found = f"{name}:{code.co_qualname}"
+            place = f"{code.co_filename}:{trace.tb_lineno}"
         trace = trace.tb_next
-    return found
+    return found, place
 
 
 def _is_users(file: str) -> bool:

@@ -130,15 +130,18 @@ def _take(
             letter.c.dead_at,
         )
         .where(*wanted.conditions(tables), letter.c.dead_at <= until)
-        .order_by(
-            letter.c.offset.is_(None), letter.c.offset, letter.c.created_at, letter.c.dead_at, letter.c.message_id
-        )
+        .order_by(*in_order(letter))
         .limit(limit)
         .with_for_update()
     )
     if without:
         query = query.where(letter.c.id.not_in(without))
     return list(connection.execute(query).all())
+
+
+def in_order(letter: sa.Table) -> tuple[sa.ColumnElement[Any], ...]:
+    """What is handed back first: by offset (the relay's: by position), else by age."""
+    return letter.c.offset.is_(None), letter.c.offset, letter.c.created_at, letter.c.dead_at, letter.c.message_id
 
 
 def _sequence(row: sa.Row[Any]) -> int:

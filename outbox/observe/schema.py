@@ -55,15 +55,15 @@ def _check_version(found: str | None, tables: Tables) -> None:
     where = _full(tables, f"{tables.prefix}*")
     if not found.isdecimal():
         raise SchemaMismatch(
-            f"outbox tables {where} have the schema version {found!r}, which is no number. "
+            f"the tables {where} have the schema version {found!r}, which is no number. "
             f"Mend the row 'schema_version' of {_full(tables, tables.checkpoint.name)}"
         )
     if int(found) < SCHEMA_VERSION:
         raise SchemaMismatch(
-            f"outbox tables {where} have version {found}; this pyoutbox needs {SCHEMA_VERSION}. {_mend(SCHEMA_VERSION)}"
+            f"the tables {where} have version {found}; this pyoutbox needs {SCHEMA_VERSION}. {_mend(SCHEMA_VERSION)}"
         )
     raise SchemaMismatch(
-        f"outbox tables {where} have version {found}, made by a newer pyoutbox; this one knows {SCHEMA_VERSION}. "
+        f"the tables {where} have version {found}, made by a newer pyoutbox; this one knows {SCHEMA_VERSION}. "
         "Upgrade it here: pip install -U pyoutbox"
     )
 

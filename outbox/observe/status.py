@@ -1,27 +1,38 @@
-"""What is waiting, how old it is, who sends it, and in one sentence why nothing is being sent."""
+"""What is waiting, how old it is, who sends it, what consumers have before them."""
 
 from __future__ import annotations
 
 import datetime as dt
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 
 from outbox._message import BUCKETS
+from outbox.observe.consumers import ConsumerStatus, consumers
+from outbox.observe.explain import explain
 from outbox.tables import Tables, UtcDateTime, clock
+
+LEASE: Final = 10.0  # seconds; a relay's lease time, where no lease tells it
+
+MISSED: Final = 0.5  # of the lease time: a relay renews every third of it, so that one of half has missed its turn
 
 
 @dataclass(frozen=True, slots=True)
 class RelayStatus:
-    """One relay that has registered. ``heartbeat``: seconds since its last; ``alive``: it renews its leases in time."""
+    """One relay that has registered. ``heartbeat``: seconds since its last; ``alive``: it has renewed its leases when it was
+    their time. ``lease``: its lease time in seconds; ``lease_left``: seconds until its share is free (negative: it is),
+    at ``lease_ends``. None where it owns nothing."""
 
     owner: str
     version: str
     buckets: int
     heartbeat: float
     alive: bool
+    lease: float | None = None
+    lease_left: float | None = None
+    lease_ends: dt.datetime | None = None
     circuits: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -30,6 +41,7 @@ class Status:
     """The state of one outbox, read in one transaction. Counts are messages, ages are seconds.
 
     ``oldest``: age of the oldest message that should have been sent by now: pending, parked, or scheduled and overdue.
+    ``lease_until``: seconds until the last lease of relays that are not heard of any more runs out, at ``lease_ends``.
     """
 
     pending: int
@@ -44,6 +56,8 @@ class Status:
     relays: list[RelayStatus]
     free_buckets: int
     lease_until: float | None
+    lease_ends: dt.datetime | None
+    consumers: list[ConsumerStatus]
     verdict: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -75,21 +89,9 @@ def status(connection: sa.Connection, tables: Tables) -> Status:
         .where(lease.c.owner.is_not(None))
         .group_by(lease.c.owner)
     ).all()
-    buckets = {owner: (number, expires) for owner, number, expires in owners}
-    relays = []
-    for row in connection.execute(sa.select(tables.relay).order_by(tables.relay.c.started_at)):
-        number, expires = buckets.pop(row.owner, (0, None))
-        beat = max(0.0, ago(row.heartbeat_at))
-        alive = expires > now if expires is not None else beat < 30
-        circuits = json.loads(row.state).get("circuits", {}) if row.state else {}
-        relays.append(RelayStatus(row.owner, row.version, number, beat, alive, circuits))
-    held_by_dead = [expires for _, expires in buckets.values()] + [
-        lease_row.expires_at
-        for lease_row in connection.execute(
-            sa.select(lease.c.expires_at).where(lease.c.owner.in_([r.owner for r in relays if not r.alive]))
-        )
-    ]
-    until = max((e for e in held_by_dead if e is not None), default=None)
+    relays, ownerless = _relays(connection, tables, now, {owner: (n, ends) for owner, n, ends in owners})
+    silent = [relay.lease_ends for relay in relays if not relay.alive] + ownerless
+    ends = max((moment for moment in silent if moment is not None), default=None)
     found = Status(
         pending=count(message),
         oldest=max(unsent, default=None),
@@ -102,56 +104,44 @@ def status(connection: sa.Connection, tables: Tables) -> Status:
         inbox=count(tables.inbox),
         relays=relays,
         free_buckets=BUCKETS - sum(r.buckets for r in relays if r.alive),
-        lease_until=None if until is None else -ago(until),
+        lease_until=None if ends is None else -ago(ends),
+        lease_ends=ends,
+        consumers=consumers(connection, tables, now),
     )
     return replace(found, verdict=explain(found))
 
 
-def explain(s: Status) -> str:
-    """One sentence: why messages wait, or that none do."""
-    alive = [relay for relay in s.relays if relay.alive]
-    down = [relay.circuits["*"] for relay in alive if "*" in relay.circuits]
-    if down:
-        first = min(down, key=lambda circuit: circuit["since"])
-        since = dt.datetime.fromtimestamp(first["since"], dt.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        reason = first["reason"]
-        return f"The broker is unavailable since {since} ({reason}); nothing is lost, sending goes on when it is back."
-    overdue = s.next_due is not None and s.next_due <= 0
-    if not alive and (s.pending or s.parked or overdue):
-        if s.lease_until is not None and s.lease_until > 0:
-            return (
-                f"The relay that held the leases is gone; they run out in {s.lease_until:.0f} s, then another relay takes "
-                "over."
+def _relays(
+    connection: sa.Connection,
+    tables: Tables,
+    now: dt.datetime,
+    held: dict[str, tuple[int, dt.datetime]],
+) -> tuple[list[RelayStatus], list[dt.datetime]]:
+    """The relays that have registered, and when the leases of those that have not run out."""
+    rows = connection.execute(sa.select(tables.relay).order_by(tables.relay.c.started_at)).all()
+    # a renewal writes both in one transaction, so that what lies between them is the lease time
+    times = {
+        row.owner: max(0.5, (held[row.owner][1] - row.heartbeat_at).total_seconds())
+        for row in rows
+        if row.owner in held and held[row.owner][1] is not None
+    }
+    usual = max(times.values(), default=LEASE)
+    found = []
+    for row in rows:
+        number, ends = held.pop(row.owner, (0, None))
+        beat = max(0.0, (now - row.heartbeat_at).total_seconds())
+        lease = times.get(row.owner)
+        found.append(
+            RelayStatus(
+                row.owner,
+                row.version,
+                number,
+                beat,
+                alive=beat <= MISSED * (lease or usual),
+                lease=lease,
+                lease_left=None if ends is None else (ends - now).total_seconds(),
+                lease_ends=ends,
+                circuits=json.loads(row.state).get("circuits", {}) if row.state else {},
             )
-        return "No relay is running: start one with `outbox relay`."
-    if s.pending:
-        parked = f"; {_parked(s)}" if s.parked else ""
-        return f"{_pending(s, alive)}{parked}."
-    if s.parked:
-        return f"{_parked(s)}; all others are sent."
-    if s.scheduled:
-        unattended = "" if alive else ", but no relay is running"
-        return (
-            f"All {s.scheduled} messages that are left are scheduled for later, the first in {max(0, s.next_due or 0):.0f} s"
-            f"{unattended}."
         )
-    if s.dead_letters:
-        return f"Nothing waits to be sent; {s.dead_letters} dead letters are open: see `outbox dlq groups`."
-    return "Nothing waits to be sent."
-
-
-def _pending(s: Status, alive: list[RelayStatus]) -> str:
-    topics = sorted({topic for relay in alive for topic in relay.circuits})
-    if topics:
-        reason = next(relay.circuits[topics[0]]["reason"] for relay in alive if topics[0] in relay.circuits)
-        return f"Messages for {', '.join(topics)} wait, since that topic is unavailable ({reason}); others are sent"
-    if s.free_buckets:
-        return f"{s.free_buckets} of {BUCKETS} buckets have no relay at the moment; they are taken within a lease time"
-    if s.oldest is not None and s.oldest > 60 and not s.parked:
-        return f"Messages are being sent, and {s.pending} wait, the oldest for {s.oldest:.0f} s"
-    return f"Messages are being sent; {s.pending} wait"
-
-
-def _parked(s: Status) -> str:
-    what = f"{s.parked} messages of {s.parked_keys} keys are parked"
-    return f"{what} after a failure and will be tried again ({s.parked_error})"
+    return found, [ends for _, ends in held.values() if ends is not None]

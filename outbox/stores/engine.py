@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import sqlalchemy as sa
 
-from outbox.errors import ConfigurationError, MissingExtra
+from outbox.errors import ConfigurationError, MissingExtra, StoreUnavailable
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -46,7 +46,9 @@ def from_environment(name: str) -> str | None:
     return value
 
 
-def engine_for(database: Database | None, *, pool_size: int | None = None) -> sa.Engine | AsyncEngine:
+def engine_for(
+    database: Database | None, *, pool_size: int | None = None, create: bool = False
+) -> sa.Engine | AsyncEngine:
     """The engine of a database, sync or async as its driver is.
 
     ``database``: an ``Engine`` or ``AsyncEngine`` is returned as it is (it stays the caller's: whoever got one made here,
@@ -54,7 +56,9 @@ def engine_for(database: Database | None, *, pool_size: int | None = None) -> sa
     engine; None means ``OUTBOX_DATABASE`` or ``OUTBOX_DATABASE_FILE``. ``postgresql://`` means psycopg 3. ``pool_size``
     (connections) is how many a new engine keeps.
 
-    SQLite engines made here get WAL and wait up to 10 s for another writer; foreign keys stay as SQLite has them.
+    SQLite engines made here get WAL and wait up to 10 s for another writer; foreign keys stay as SQLite has them. Their
+    file has to be there: to connect raises `StoreUnavailable` where it is not, since SQLite would make an empty database
+    out of a typing error. ``create`` allows that.
 
     Raises `ConfigurationError` (no database, no URL, a password of ``***``, another database than PostgreSQL or SQLite)
     and `MissingExtra` (the driver is not installed). Connects to nothing, and never prints a password.
@@ -64,10 +68,12 @@ def engine_for(database: Database | None, *, pool_size: int | None = None) -> sa
         _check_dialect(given.dialect.name)
         return given
     url = database_url(database)
-    return _create_async(url, pool_size) if _is_async(url) else _create(url, pool_size)
+    return _create_async(url, pool_size, create=create) if _is_async(url) else _create(url, pool_size, create=create)
 
 
-def sync_engine_for(database: Database | None, *, pool_size: int | None = None, pre_ping: bool = True) -> sa.Engine:
+def sync_engine_for(
+    database: Database | None, *, pool_size: int | None = None, pre_ping: bool = True, create: bool = False
+) -> sa.Engine:
     """As `engine_for`, always a sync engine: a URL with an async driver is read as that database's sync driver.
     ``pre_ping``: ask each connection whether it still lives before it is used, which is a round trip. Raises
     `ConfigurationError` for an ``AsyncEngine``, which has none."""
@@ -80,10 +86,12 @@ def sync_engine_for(database: Database | None, *, pool_size: int | None = None, 
         _check_dialect(given.dialect.name)
         return given
     url = database_url(database)
-    return _create(_with_driver(url, 0) if _is_async(url) else url, pool_size, pre_ping)
+    return _create(_with_driver(url, 0) if _is_async(url) else url, pool_size, pre_ping, create)
 
 
-def async_engine_for(database: Database | None, *, pool_size: int | None = None, pre_ping: bool = True) -> AsyncEngine:
+def async_engine_for(
+    database: Database | None, *, pool_size: int | None = None, pre_ping: bool = True, create: bool = False
+) -> AsyncEngine:
     """As `engine_for`, always an async engine: a URL with a sync driver is read as that database's async driver.
     Raises `ConfigurationError` for a sync ``Engine``, which has none."""
     given = _given(database)
@@ -95,7 +103,7 @@ def async_engine_for(database: Database | None, *, pool_size: int | None = None,
         _check_dialect(given.dialect.name)
         return given
     url = database_url(database)
-    return _create_async(url if _is_async(url) else _with_driver(url, 1), pool_size, pre_ping)
+    return _create_async(url if _is_async(url) else _with_driver(url, 1), pool_size, pre_ping, create)
 
 
 def is_engine(database: object) -> bool:
@@ -187,16 +195,16 @@ def _options(url: sa.URL, pool_size: int | None, pre_ping: bool) -> dict[str, An
     return options
 
 
-def _create(url: sa.URL, pool_size: int | None, pre_ping: bool = True) -> sa.Engine:
+def _create(url: sa.URL, pool_size: int | None, pre_ping: bool = True, create: bool = False) -> sa.Engine:
     try:
         engine = sa.create_engine(url, **_options(url, pool_size, pre_ping))
     except ImportError as error:
         raise _missing(url, error) from error
-    _prepare(engine)
+    _prepare(engine, create)
     return engine
 
 
-def _create_async(url: sa.URL, pool_size: int | None, pre_ping: bool = True) -> AsyncEngine:
+def _create_async(url: sa.URL, pool_size: int | None, pre_ping: bool = True, create: bool = False) -> AsyncEngine:
     try:
         import_module("greenlet")  # SQLAlchemy 2.0 misses it at the first await only
         from sqlalchemy.ext.asyncio import create_async_engine
@@ -207,13 +215,40 @@ def _create_async(url: sa.URL, pool_size: int | None, pre_ping: bool = True) -> 
         if isinstance(error, ValueError) and "greenlet" not in str(error):
             raise
         raise _missing(url, error) from error
-    _prepare(engine.sync_engine)
+    _prepare(engine.sync_engine, create)
     return engine
 
 
-def _prepare(engine: sa.Engine) -> None:
+def _prepare(engine: sa.Engine, create: bool) -> None:
     if engine.dialect.name == "sqlite":
         sa.event.listen(engine, "connect", _prepare_sqlite)
+        if not create:
+            # at each connect, so that a file that is there by then does, and one that is gone does not come back empty
+            sa.event.listen(engine, "do_connect", _require_file)
+
+
+def _require_file(dialect: object, record: object, arguments: list[Any], options: dict[str, Any]) -> None:
+    file = str(arguments[0]) if arguments else ":memory:"
+    if file != ":memory:" and not options.get("uri") and not os.path.exists(file):
+        raise _no_such_file(file)
+
+
+def require_file(database: Database | None) -> None:
+    """Raises `StoreUnavailable` for an SQLite file that is not there, before anybody connects. Raises `ConfigurationError`
+    for no database, or no URL."""
+    given = _given(database)
+    url = database_url(database) if given is None else given.url
+    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:") or "uri" in url.query:
+        return
+    if not os.path.exists(str(url.database)):
+        raise _no_such_file(os.path.abspath(str(url.database)))
+
+
+def _no_such_file(file: str) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"sqlite:///{file}: there is no such file. Correct the path in the database's URL; a new database is made by your "
+        "application (create_all, Alembic) or by `outbox migrate`"
+    )
 
 
 def _prepare_sqlite(connection: Any, record: object) -> None:

@@ -122,9 +122,7 @@ async def describe(
         elif error is errors.TopicAuthorizationFailedError:
             found[topic] = Unavailable(f"kafka: topic {topic!r} does not exist, or this user may not see it")
         elif error is errors.UnknownTopicOrPartitionError:
-            found[topic] = Unavailable(
-                f"kafka: topic {topic!r} does not exist: create it, or add auto_create=true to the transport's URL"
-            )
+            found[topic] = Unavailable(f"kafka: topic {topic!r} does not exist{_remedy(settings)}")
         elif error is errors.InvalidTopicError:
             found[topic] = Refused(f"kafka: the broker says that {topic!r} can be no topic")
         else:
@@ -133,6 +131,18 @@ async def describe(
     for topic, count in partitions.items():
         found[topic] = TopicFacts(count, limits.get(topic, DEFAULT_MAX_MESSAGE), topic in limits)
     return found
+
+
+def _remedy(settings: Settings) -> str:
+    if settings.auto_create:
+        return (
+            " yet; auto_create asked the broker to make it, which it does where its auto.create.topics.enable is true. "
+            "Elsewhere create it (kafka-topics.sh --create)"
+        )
+    return (
+        " and is not made by itself: create it, or add auto_create=true to the transport's URL where the broker allows that "
+        "(auto.create.topics.enable)"
+    )
 
 
 async def _limits(client: AIOKafkaClient, node: object, topics: list[str], settings: Settings) -> dict[str, int]:

@@ -24,7 +24,7 @@ WORDS = {
     "dlq": ["dlq", "groups"],
     "migrate": ["migrate"],
     # without --drain the relay waits for a database that is away, for as long as it takes
-    "relay": ["relay", "--drain", "--transport", "memory://x"],
+    "relay": ["relay", "--drain", "--transport", "local:///nowhere/x.db"],
 }
 VERBS = tuple(WORDS)
 
@@ -169,9 +169,20 @@ def test_a_server_that_cannot_be_reached_is_named(verb: str, query: str) -> None
     refused(done, 3, address, "Connection refused")
 
 
+def test_the_relay_does_not_empty_an_outbox_into_its_own_memory(sqlite: Shop) -> None:
+    done = outbox("relay", "--drain", "--transport", "memory://x", "--database", sqlite.url)
+    refused(done, 2, "memory:", "local:broker.db")
+
+
 def test_the_relay_waits_for_a_database_that_is_away_and_says_so_until_it_is_told_to_stop() -> None:
     address = f"127.0.0.1:{free_port()}"
-    words = ["relay", "--transport", "memory://x", "--database", f"postgresql://app:{PASSWORD}@{address}/shop"]
+    words = [
+        "relay",
+        "--transport",
+        "local:///nowhere/x.db",
+        "--database",
+        f"postgresql://app:{PASSWORD}@{address}/shop",
+    ]
     relay = subprocess.Popen([sys.executable, "-m", "outbox", *words], stderr=subprocess.PIPE, text=True)
     assert relay.stderr is not None
     said = relay.stderr.readline() + relay.stderr.readline()
@@ -227,7 +238,7 @@ def refusing_server() -> Iterator[str]:
     thread.join()
 
 
-@pytest.mark.parametrize("verb", ["status", "trace", "relay"])
+@pytest.mark.parametrize("verb", ["status", "trace", "dlq", "relay"])
 def test_a_misspelt_sqlite_file_is_not_made(verb: str, tmp_path: Path) -> None:
     refused(run(verb, "--database", f"sqlite:///{tmp_path}/shpo.db"), 3, "no such file", f"{tmp_path}/shpo.db")
     assert not (tmp_path / "shpo.db").exists()
@@ -253,7 +264,7 @@ def test_a_role_that_may_not_read_is_named(postgres: Shop) -> None:
     postgres.execute(f"create role {role} login")
     try:
         url = sa.make_url(postgres.url).set(username=role).render_as_string()
-        for verb in ("status", "trace", "relay"):
+        for verb in ("status", "trace", "dlq", "relay"):
             refused(run(verb, "--database", url), 3, "permission denied for table outbox_checkpoint")
         refused(run("migrate", "--prefix", "new_", "--database", url), 3, "permission denied for schema public")
     finally:
@@ -263,7 +274,7 @@ def test_a_role_that_may_not_read_is_named(postgres: Shop) -> None:
 # ---------------------------------------------------------------- the tables
 
 
-@pytest.mark.parametrize("verb", ["status", "trace", "relay"])
+@pytest.mark.parametrize("verb", ["status", "trace", "dlq", "relay"])
 def test_without_tables_the_command_that_makes_them_is_named(verb: str, shop: Shop) -> None:
     refused(
         run(verb, "--prefix", "other_", "--database", shop.url),
@@ -286,7 +297,7 @@ def test_tables_in_another_schema_are_found_and_named(postgres: Shop) -> None:
     assert run("status", "--schema", "app", "--prefix", "shop_", "--database", postgres.url).status == 0
 
 
-@pytest.mark.parametrize("verb", ["status", "trace", "migrate", "relay"])
+@pytest.mark.parametrize("verb", ["status", "trace", "dlq", "migrate", "relay"])
 def test_tables_of_a_newer_version_are_left_alone(verb: str, shop: Shop) -> None:
     shop.execute("update outbox_checkpoint set value = '9' where name = 'schema_version'")
     refused(run(verb, "--database", shop.url), 2, "have version 9, made by a newer pyoutbox", "pip install -U pyoutbox")

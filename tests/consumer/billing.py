@@ -64,7 +64,7 @@ class Billing:
     def __init__(self, url: str, transport: str) -> None:
         self.url = url
         self.transport_url = transport
-        self.engine = sync_engine_for(url)
+        self.engine = sync_engine_for(url, create=True)
         Base.metadata.create_all(self.engine)
         self.tables = outbox.tables
         self.letters = DeadLetters(outbox, database=self.engine)
@@ -161,7 +161,9 @@ async def until_finished(consumer: Consumer, count: int) -> None:
     """Until so many messages (replays included) of this consumer are handled, skipped or dead."""
     counts = consumer.state.counts
     await until(
-        lambda: counts.handled + counts.skipped + counts.dead >= count and consumer.state.in_memory == 0,
+        lambda: (
+            counts.handled + counts.skipped + counts.ignored + counts.dead >= count and consumer.state.in_memory == 0
+        ),
         f"{count} messages; there are {consumer.state}",
     )
 

@@ -7,12 +7,13 @@ import uuid
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
 from outbox import Message
 from outbox._message import new_id
 from outbox.transport import Delivery
 from outbox.transports import open_transport
-from tests.consumer.billing import Billing, charge, placed, running, until_finished
+from tests.consumer.billing import Billing, charge, outbox, placed, running, until_finished
 from tests.consumer.wrapped import WrappedTransport, foreign, without_offsets
 
 
@@ -34,6 +35,34 @@ async def test_a_handler_gets_the_message_with_its_headers_as_fields(sqlite_bill
     assert (message.content_type, message.payload) == ("application/json", b'{"order_id": 1, "total": "1.50"}')
     assert message.headers == {"traceparent": "00-ab", "tenant": "é"}
     assert message.created_at is not None
+
+
+async def test_bytes_and_text_come_as_what_they_are(billing: Billing) -> None:
+    """From `add` to a handler that says nothing of its payload."""
+    consumer = billing.consumer()
+    seen: list[Any] = []
+
+    @consumer.on("orders")
+    def see(payload):  # type: ignore[no-untyped-def]
+        seen.append(payload)
+
+    given: list[tuple[Any, str | None]] = [
+        (b"\xff{", None),
+        ("Größe", "text/plain"),
+        ("Größe", "text/plain; charset=latin-1"),
+        ("Größe", None),
+        (b'{"n": 1}', "application/json"),
+    ]
+    messages = []
+    with Session(billing.engine) as session:
+        for payload, content_type in given:
+            message = outbox.add(session, "orders", payload, key="k", content_type=content_type)
+            messages.append(placed(0, id=message.id, payload=message.payload, content_type=message.content_type))
+    async with running(consumer):
+        await billing.publish(*messages)
+        await until_finished(consumer, 5)
+    assert seen == [b"\xff{", "Größe", "Größe", "Größe", {"n": 1}]
+    assert billing.dead() == []
 
 
 async def test_debeziums_id_header_is_the_messages_id(sqlite_billing: Billing) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+import uuid
 from typing import Any
 
 import pytest
@@ -58,6 +59,65 @@ async def test_entering_does_not_fail_because_the_broker_is_away(sqlite_billing:
         await until(lambda: consumer.state.broker == "nobody answers" and consumer.state.running)
     assert not consumer.state.running
     assert consumer.state.error is None
+
+
+@pytest.mark.timeout(INSTALL_TIMEOUT)
+@pytest.mark.parametrize("parameter", ["", "&auto_create=true"])
+async def test_a_topic_that_does_not_exist_is_waited_for_and_the_log_says_what_to_do(
+    sqlite_billing: Billing, kafka_url: str, caplog: pytest.LogCaptureFixture, parameter: str
+) -> None:
+    """Kafka makes none by itself: neither should a consumer seem to hang, nor should somebody have to ask why."""
+    billing, topic = sqlite_billing, f"orders-{uuid.uuid4().hex[:12]}"
+    url = f"{kafka_url}?session_timeout_ms=6000{parameter}"
+    consumer = billing.consumer(f"billing-{topic}", transport=url)
+    consumer.on(topic)(charge)
+    transport = open_transport(url)
+    async with consumer:
+        if parameter:
+            # what the broker does then is a setting of its own, and said
+            await until(
+                lambda: (
+                    consumer.state.subscribed.is_set() or "auto.create.topics.enable" in (consumer.state.broker or "")
+                )
+            )
+            assert "add auto_create" not in caplog.text
+        else:
+            await until(lambda: consumer.state.broker)
+            said = [record.getMessage() for record in caplog.records if topic in record.getMessage()]
+            assert len(said) == 1
+            for words in (
+                f"consumer billing-{topic} cannot read from the broker, and tries again: ",
+                f"topic {topic!r} does not exist",
+                "not made by itself",
+                "create it, or add auto_create=true to the transport's URL",
+            ):
+                assert words in said[0]
+        await transport.declare([topic])
+        await billing.publish(placed(1, topic=topic), transport=transport)
+        await until_finished(consumer, 1)
+    await transport.close()
+    assert billing.charges() == [1]
+
+
+async def test_another_reason_is_another_line_in_the_log(
+    sqlite_billing: Billing, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport = WrappedTransport(open_transport(sqlite_billing.transport_url))
+    consumer = sqlite_billing.consumer(transport=transport)
+    consumer.on(OrderPlaced)(charge)
+    reasons = ["topic 'orders' does not exist"] * 2 + ["topic 'invoices' does not exist"] * 2
+
+    def away(step: str) -> None:
+        if reasons:
+            raise Unavailable(reasons.pop(0))
+
+    transport.before = away
+    async with running(consumer):
+        await until(lambda: consumer.state.broker is None)
+    assert [record.getMessage().partition("again: ")[2] for record in caplog.records] == [
+        "topic 'orders' does not exist",
+        "topic 'invoices' does not exist",
+    ]
 
 
 @pytest.mark.timeout(INSTALL_TIMEOUT)

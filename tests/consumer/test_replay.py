@@ -12,6 +12,8 @@ from sqlalchemy.orm import Session
 
 from outbox import Consumer, Message
 from outbox.consumer import Retries
+from outbox.dead_letters.record import now
+from outbox.tables import clock
 from outbox.transports import open_transport
 from tests.consumer.billing import QUICKLY, Billing, Charge, OrderPlaced, charge, placed, running, until, until_finished
 from tests.consumer.wrapped import WrappedTransport
@@ -76,6 +78,31 @@ async def test_a_running_consumer_takes_a_replay_while_the_broker_is_away(billin
         await until(billing.charges)
     assert not consumer.state.subscribed.is_set()
     assert billing.charges() == [0]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_the_inbox_says_when_a_replay_was_handled(billing: Billing, kind: str) -> None:
+    """Not when it was given up: its time counts for how long the inbox remembers it, and `trace` shows it."""
+    await give_up(billing, 1)
+    with billing.engine.begin() as connection:  # long ago
+        connection.execute(sa.update(billing.tables.inbox).values(processed_at=clock(-3600)))
+        began = now(connection)
+    billing.letters.replay(consumer="billing")
+    assert billing.rows("inbox")[0]["processed_at"] < began
+    consumer = billing.consumer()
+
+    @consumer.on(OrderPlaced)
+    async def charge_async(event: OrderPlaced, session: AsyncSession) -> None:
+        charge(event, session.sync_session)
+
+    if kind == "sync":
+        consumer = mended(billing)
+    async with running(consumer):
+        await until_finished(consumer, 1)
+    (row,) = billing.rows("inbox")
+    assert row["outcome"] == "done"
+    with billing.engine.connect() as connection:
+        assert began <= row["processed_at"] <= now(connection)
 
 
 async def test_an_async_handler_takes_replays_too(billing: Billing) -> None:

@@ -17,19 +17,52 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from outbox import ConfigurationError, Consumer, Outbox, SchemaMismatch
+from outbox import ConfigurationError, Consumer, Outbox, SchemaMismatch, StoreUnavailable
 from outbox.stores.engine import async_engine_for
 from outbox.transports import open_transport
 from tests.consumer.billing import Billing, OrderPlaced, charge, outbox, placed, running, until, until_finished
 from tests.consumer.wrapped import WrappedTransport
 
 
+async def charge_async(event: OrderPlaced, session: AsyncSession) -> None:
+    charge(event, session.sync_session)
+
+
 async def test_missing_tables_are_said_when_it_is_entered(tmp_path: Path, broker: str) -> None:
+    (tmp_path / "empty.db").touch()
     consumer = Consumer("billing", outbox, database=f"sqlite:///{tmp_path / 'empty.db'}", transport=broker)
     consumer.on(OrderPlaced)(charge)
     with pytest.raises(SchemaMismatch, match="no outbox tables here"):
         await consumer.__aenter__()
     assert not consumer.state.running
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_a_misspelt_sqlite_file_is_not_made_and_said_at_the_start(tmp_path: Path, broker: str, kind: str) -> None:
+    file = tmp_path / "shpo.db"
+    consumer = Consumer("billing", outbox, database=f"sqlite:///{file}", transport=broker)
+    consumer.on(OrderPlaced)(charge if kind == "sync" else charge_async)
+    for start in (consumer.__aenter__, lambda: consumer.arun(asyncio.Event())):
+        with pytest.raises(StoreUnavailable, match=f"{file}: there is no such file.*outbox migrate"):
+            await start()
+    assert not consumer.state.running
+    assert not file.exists()
+
+
+async def test_a_file_that_goes_away_later_is_waited_for(
+    tmp_path: Path, broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outbox.consumer.transactions.require_file", lambda database: None)  # it was there at the start
+    url = f"sqlite:///{tmp_path / 'shop.db'}"
+    consumer = Consumer("billing", outbox, database=url, transport=broker)
+    consumer.on(OrderPlaced)(charge)
+    async with consumer:
+        await until(lambda: "there is no such file" in (consumer.state.database or ""))
+        billing = Billing(url, broker)  # it comes back
+        await billing.publish(placed(1))
+        await until_finished(consumer, 1)
+    assert billing.charges() == [1]
+    billing.close()
 
 
 async def test_tables_elsewhere_are_named(tmp_path: Path, broker: str) -> None:

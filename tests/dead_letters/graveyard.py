@@ -17,7 +17,7 @@ from outbox.stores.engine import sync_engine_for
 class Graveyard:
     def __init__(self, url: str) -> None:
         self.url = url
-        self.engine = sync_engine_for(url)
+        self.engine = sync_engine_for(url, create=True)
         self.outbox = Outbox()
         self.tables = self.outbox.tables
         self.outbox.metadata.create_all(self.engine)

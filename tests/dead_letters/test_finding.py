@@ -6,8 +6,10 @@ import uuid
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
-from outbox import ConfigurationError, StoreUnavailable
+from outbox import ConfigurationError, Outbox, SchemaMismatch, StoreUnavailable
+from outbox._message import new_id
 from outbox.dead_letters import DeadLetters
 from outbox.dead_letters.record import Failure
 from tests.dead_letters.graveyard import Graveyard
@@ -94,3 +96,41 @@ def test_a_database_that_cannot_be_asked_is_said_without_its_password(graveyard:
         letters.groups()
     assert "secret" not in str(caught.value)
     assert "127.0.0.1" in str(caught.value)
+
+
+def test_tables_that_are_not_there_are_no_empty_answer(tmp_path: Path) -> None:
+    (tmp_path / "other.db").touch()
+    with DeadLetters(Outbox(), database=f"sqlite:///{tmp_path}/other.db") as letters:
+        for ask in (letters.groups, letters.find, letters.count, lambda: letters.replay(consumer="x")):
+            with pytest.raises(SchemaMismatch, match="no outbox tables here"):
+                ask()
+
+
+def test_tables_of_a_newer_version_are_left_alone(graveyard: Graveyard) -> None:
+    graveyard.bury()
+    with graveyard.engine.begin() as connection:
+        connection.execute(
+            sa.text("update outbox_checkpoint set value = '9' where name = 'schema_version'"),
+        )
+    with pytest.raises(SchemaMismatch, match="made by a newer pyoutbox"):
+        graveyard.letters.replay(consumer="billing")
+
+
+def test_by_its_own_id_or_by_its_messages(graveyard: Graveyard) -> None:
+    message = new_id()
+    ids = [graveyard.bury(message_id=message, consumer=consumer) for consumer in ("billing", "mail")]
+    graveyard.bury()
+    named = graveyard.letters.named
+    assert [letter.id for letter in named(message)] == [letter.id for letter in named(str(message))] == ids
+    assert [letter.id for letter in named(ids[1])] == [ids[1]]
+    assert named(uuid.uuid4()) == named("invoice-7") == []
+    assert [letter.id for letter in graveyard.letters.find(message_id=message)] == ids
+
+
+def test_groups_by_the_first_letters_of_their_name(graveyard: Graveyard) -> None:
+    graveyard.bury()
+    (group,) = graveyard.letters.groups()
+    for prefix in ("", group.fingerprint[:2], group.fingerprint, f" {group.fingerprint[:3].lower()} "):
+        assert graveyard.letters.fingerprints(prefix) == {group.fingerprint: 1}
+    assert graveyard.letters.fingerprints("%") == {}
+    assert graveyard.letters.fingerprints(group.fingerprint, state="discarded") == {}

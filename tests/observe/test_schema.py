@@ -22,7 +22,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine
     if request.param == "postgresql":
         engine = sync_engine_for(request.getfixturevalue("postgresql_url"))
     else:
-        engine = sync_engine_for(f"sqlite:///{tmp_path / 'shop.db'}")
+        engine = sync_engine_for(f"sqlite:///{tmp_path / 'shop.db'}", create=True)
     yield engine
     engine.dispose()
 

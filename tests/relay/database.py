@@ -21,7 +21,7 @@ class Database:
         self.url = url
         self.outbox = Outbox()
         self.tables = self.outbox.tables
-        self.engine = sync_engine_for(url)
+        self.engine = sync_engine_for(url, create=True)
 
     @property
     def name(self) -> str:

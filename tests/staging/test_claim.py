@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from outbox import ConfigurationError, EncodingError
+from outbox.tables import clock
 from tests.services.waiting import wait_until
 from tests.staging.shop import Shop, outbox, place, tell
 
@@ -53,12 +54,15 @@ def test_a_replay_is_claimed_once(shop: Shop) -> None:
     id = uuid.uuid4()
     inbox = outbox.tables.inbox
     with shop.engine.begin() as connection:
-        connection.execute(sa.insert(inbox).values(consumer="billing", message_id=id, outcome="dead", cycle=2))
+        long_ago = clock(-3600)
+        row = {"consumer": "billing", "message_id": id, "outcome": "dead", "cycle": 2, "processed_at": long_ago}
+        connection.execute(sa.insert(inbox).values(row))
     with Session(shop.engine) as session, session.begin():
         assert not outbox.claim(session, "billing", id)
         assert not outbox.claim(session, "billing", id, cycle=1)
         assert outbox.claim(session, "billing", id, cycle=2)
         assert not outbox.claim(session, "billing", id, cycle=2)
+        assert session.scalar(sa.select(inbox.c.outcome).where(inbox.c.processed_at > clock(-60))) == "done"
 
 
 @pytest.mark.parametrize(

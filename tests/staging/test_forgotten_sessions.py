@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from outbox import staging
+from outbox._rows import on_session, on_transaction
 from tests.staging.shop import Shop, outbox, place, tell
 
 
@@ -32,7 +32,7 @@ def test_a_session_with_staged_messages_in_a_savepoint_is_collected(shop: Shop, 
 
 def test_nothing_is_remembered_of_sessions_that_ended(shop: Shop) -> None:
     gc.collect()
-    before = len(staging._on_session), len(staging._on_transaction)
+    before = len(on_session), len(on_transaction)
     for _ in range(20):
         with Session(shop.engine) as session:
             place(session, "a")
@@ -40,4 +40,4 @@ def test_nothing_is_remembered_of_sessions_that_ended(shop: Shop) -> None:
                 outbox.add(session, "orders", b"b")
             session.rollback()
     gc.collect()
-    assert (len(staging._on_session), len(staging._on_transaction)) == before
+    assert (len(on_session), len(on_transaction)) == before

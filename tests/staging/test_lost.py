@@ -70,6 +70,21 @@ def test_a_commit_on_the_dbapi_connection(shop: Shop, errors: pytest.LogCaptureF
     assert "DBAPI" in error
 
 
+def test_what_sqlite_commits_with_a_savepoint_is_called_so(shop: Shop, errors: pytest.LogCaptureFixture) -> None:
+    """The order is committed, though its session is rolled back; the message is not."""
+    with Session(shop.engine) as session:
+        with session.begin_nested():
+            session.add(Order(name="a"))
+        tell(session, "b")
+        session.rollback()
+    if not shop.releases_commit:
+        assert said(errors) == []
+        return
+    (error,) = said(errors)
+    assert "SQLite, with its first savepoint (docs/guide.md, SQLite)" in error
+    assert (shop.orders(), shop.messages()) == (["a"], [])
+
+
 def test_raw_commit_text_before_anything_was_flushed_is_no_error(shop: Shop, errors: pytest.LogCaptureFixture) -> None:
     with Session(shop.engine) as session:
         session.scalars(sa.select(Order)).all()

@@ -24,7 +24,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         found: str = request.getfixturevalue("postgresql_url")
     else:
         found = f"sqlite:///{tmp_path / 'test.db'}"
-    engine = sync_engine_for(found)
+    engine = sync_engine_for(found, create=True)
     Base.metadata.create_all(engine)
     engine.dispose()
     return found

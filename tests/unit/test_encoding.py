@@ -344,3 +344,78 @@ def test_bytes_that_are_not_the_type_are_refused_with_the_field(data: bytes, int
 def test_a_tombstone_is_none_and_bytes_stay_bytes() -> None:
     assert decode(None, None, Point, DEFAULT) is None
     assert decode(b"{", None, bytes, DEFAULT) == b"{"
+
+
+# ---------------------------------------------------------------- text and bytes, by the content type
+
+
+@pytest.mark.parametrize(
+    ("payload", "content_type", "data"),
+    [
+        ("text", "text/plain", b"text"),
+        ("Größe", "text/plain", "Größe".encode()),
+        ("Größe", "Text/CSV; charset=UTF-8", "Größe".encode()),
+        ("Größe", 'text/plain; format=flowed; Charset="latin-1"', "Größe".encode("latin-1")),
+        ("", "text/plain", b""),
+        (Size.SMALL, "text/plain", b"small"),
+        ("text", None, b'"text"'),
+        ("text", "application/json", b'"text"'),
+        ({"a": 1}, "text/plain", b'{"a":1}'),
+    ],
+)
+def test_a_str_under_a_content_type_of_text_goes_as_it_is(payload: Any, content_type: str | None, data: bytes) -> None:
+    with Session() as session:
+        message = Outbox().add(session, "notes", payload, content_type=content_type)
+    assert (message.payload, message.content_type) == (data, content_type or "application/json")
+
+
+@pytest.mark.parametrize("content_type", ["text/plain; charset=klingon", "text/plain; charset=ascii", "text/plain"])
+def test_a_text_that_its_charset_cannot_hold_is_refused_and_not_shown(content_type: str) -> None:
+    with Session() as session, pytest.raises(EncodingError, match="charset") as refusal:
+        Outbox().add(session, "notes", "secret \ud800", content_type=content_type)
+    assert "secret" not in str(refusal.value)
+    assert content_type in str(refusal.value)
+
+
+def test_a_codec_of_the_users_gets_text_too() -> None:
+    with Session() as session:
+        message = Outbox(codec=Upper()).add(session, "notes", "abc", content_type="text/plain")
+    assert message.payload == b"ABC"
+
+
+@pytest.mark.parametrize("into", [Any, object, None])
+@pytest.mark.parametrize(
+    ("data", "content_type", "value"),
+    [
+        (b"\xff\x00", "application/octet-stream", b"\xff\x00"),
+        (b'{"a":1}', "application/octet-stream", b'{"a":1}'),
+        (b"text", "text/plain", "text"),
+        ("Größe".encode(), "text/plain; charset=utf-8", "Größe"),
+        ("Größe".encode("latin-1"), "text/plain; charset=latin-1", "Größe"),
+        (b"7", "TEXT/PLAIN", "7"),
+        (b"7", "application/json", 7),
+        (b"7", "text/json", 7),
+        (b"7", "application/vnd.shop+json", 7),
+        (b"7", None, 7),
+    ],
+)
+def test_without_an_annotation_the_content_type_says_what_it_is(
+    into: Any, data: bytes, content_type: str | None, value: Any
+) -> None:
+    assert decode(data, content_type, into, DEFAULT) == value
+
+
+@pytest.mark.parametrize("into", [str, str | None])
+def test_a_text_is_read_as_str(into: Any) -> None:
+    assert decode(b"text", "text/plain", into, DEFAULT) == "text"
+    assert decode(b'"text"', "application/json", into, DEFAULT) == "text"
+    with pytest.raises(DecodingError, match="is no"):
+        decode(b"\xff", "text/plain", into, DEFAULT)
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/octet-stream"])
+def test_an_annotation_goes_before_the_content_type(content_type: str) -> None:
+    """Producers that do not say what they send are many."""
+    assert decode(b'{"x":1,"y":"2"}', content_type, Point, DEFAULT) == Point(1, Decimal(2))
+    assert decode(b'{"x":1}', content_type, dict, DEFAULT) == {"x": 1}
+    assert decode(b"{", content_type, bytes, DEFAULT) == b"{"

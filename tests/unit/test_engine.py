@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from outbox import ConfigurationError, MissingExtra
+from outbox import ConfigurationError, MissingExtra, StoreUnavailable
 from outbox.stores import engine as engines
 from outbox.stores.engine import (
     async_engine_for,
@@ -158,14 +158,51 @@ async def test_sqlite_has_wal_and_patience(tmp_path: Path, kind: str) -> None:
         )
 
     if kind == "sync":
-        engine = sync_engine_for(url)
+        engine = sync_engine_for(url, create=True)
         with engine.connect() as connection:
             found = ask(connection)
         engine.dispose()
     else:
-        asynchronous = async_engine_for(url)
+        asynchronous = async_engine_for(url, create=True)
         async with asynchronous.connect() as connection_:
             found = await connection_.run_sync(ask)
         await asynchronous.dispose()
     assert found == ("wal", 10_000, 0)
     assert engines.SQLITE_BUSY_SECONDS == 10
+
+
+@pytest.mark.parametrize("given", [str, sa.make_url], ids=["text", "URL"])
+@pytest.mark.parametrize("make", [engine_for, sync_engine_for, async_engine_for])
+async def test_a_misspelt_sqlite_file_is_not_made(make: Any, given: Any, tmp_path: Path) -> None:
+    file = tmp_path / "shpo.db"
+    engine = make(given(f"sqlite:///{file}"))
+    said = f"sqlite:.*{file}: there is no such file.*outbox migrate"
+    if isinstance(engine, sa.Engine):
+        with pytest.raises(StoreUnavailable, match=said):
+            engine.connect()
+    else:
+        with pytest.raises(StoreUnavailable, match=said):
+            await engine.connect()
+    assert not file.exists()
+
+    file.touch()  # as if somebody had made it meanwhile
+    if isinstance(engine, sa.Engine):
+        engine.connect().close()
+        engine.dispose()
+    else:
+        await (await engine.connect()).close()
+        await engine.dispose()
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:{}/new.db?mode=rwc&uri=true"])
+def test_sqlite_in_memory_and_uris_of_its_own_say_themselves_what_is_made(url: str, tmp_path: Path) -> None:
+    engine = sync_engine_for(url.format(tmp_path))
+    engine.connect().close()
+    engine.dispose()
+
+
+def test_an_engine_of_the_users_makes_its_file(tmp_path: Path) -> None:
+    engine = sync_engine_for(sa.create_engine(f"sqlite:///{tmp_path}/new.db"))
+    engine.connect().close()
+    engine.dispose()
+    assert (tmp_path / "new.db").exists()

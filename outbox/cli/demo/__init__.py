@@ -62,8 +62,8 @@ class Demo:
         self.shop_url = options.database or f"sqlite:///{folder}/shop.db"
         self.billing_url = options.database or f"sqlite:///{folder}/billing.db"
         self.transport_url = options.transport or f"local://{folder}/broker.db?session=1"
-        self.shop = sync_engine_for(self.shop_url)
-        self.billing = sync_engine_for(self.billing_url)
+        self.shop = sync_engine_for(self.shop_url, create=True)
+        self.billing = sync_engine_for(self.billing_url, create=True)
         self.interactive = sys.stdout.isatty() and not options.json
         self._said = 0.0
 
