@@ -88,10 +88,7 @@ def _in_consumer(where: dict[str, Rows], name: str, now: dt.datetime) -> str:
             return f"{name} handled it at {at(inbox[0]['processed_at'])}"
         if last is None or last["closed_at"] is None:
             return f"{name} handled it after a replay"
-        # a time from before the replay is that of the first outcome: a claim by hand leaves it as it was
-        known = inbox[0]["processed_at"] > last["closed_at"]
-        when = f" at {at(inbox[0]['processed_at'])}," if known else ""
-        return f"{name} handled it{when} after {_who(last, where)}"
+        return f"{name} handled it at {at(inbox[0]['processed_at'])}, after {_who(last, where)}"
     if last is not None and last["state"] == "open":
         cause = ", ".join(text for text in (last["reason"], last["exception_type"]) if text)
         return f"it is an open dead letter of {name} since {at(last['dead_at'])} ({cause})"

@@ -77,7 +77,11 @@ class Runner:
                 await connection.rollback()
             else:  # asyncpg speaks another interface: the same server, through psycopg
                 connection = await self._in_thread(_borrow, self.engine.sync_engine, discard=_finish)
-            await connection.set_autocommit(True)
+            try:
+                await connection.set_autocommit(True)
+            except BaseException:
+                connection.pgconn.finish()
+                raise
             return connection
         except (sa.exc.DBAPIError, sa.exc.TimeoutError, psycopg.Error, OSError) as error:
             raise unavailable(self.engine, error) from error

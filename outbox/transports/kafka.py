@@ -9,7 +9,9 @@ URL parameters, by Kafka's own names where it has one: ``security_protocol`` (PL
 the hosts), ``ssl_cafile``, ``ssl_certfile``, ``ssl_keyfile``, ``ssl_password``, ``ssl_check_hostname``, ``client_id``,
 ``compression_type`` (gzip, snappy, lz4, zstd), ``delivery_timeout_ms`` (10000: after that a publish counts as not sent),
 ``session_timeout_ms`` (10000: after that a silent consumer's partitions go to others), ``max_message_bytes`` (of a record
-batch; without it the topics are asked), ``auto_create`` (no: asking for a topic does not make it), ``acks`` (only all).
+batch; without it the topics are asked), ``auto_create`` (no: asking for a topic does not make it; yes: it does where the
+broker's auto.create.topics.enable is on), ``acks`` (only all). A topic that is deleted while it is sent to is made anew by
+such a broker all the same, since aiokafka goes on asking for it.
 """
 
 from __future__ import annotations

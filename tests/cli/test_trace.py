@@ -6,9 +6,6 @@ import re
 import uuid
 from typing import Any
 
-import sqlalchemy as sa
-
-from outbox.tables import clock
 from tests.cli.command import quick
 from tests.cli.conftest import Shop
 from tests.cli.states import add, bury, park, remember, wait
@@ -68,11 +65,6 @@ def test_who_replayed_it_and_what_became_of_that(shop: Shop) -> None:
     with shop.engine.begin() as connection:  # what the consumer does
         assert shop.outbox.claim(connection, "billing", message.id, cycle=1)
     shop.execute("delete from outbox_attempt")
-    assert re.search(
-        r"; billing handled it after ada@ops replayed it at 20..-..-.. ..:..:.. UTC \(price mended\)\.$",
-        trace(shop, str(message.id)),
-    )
-    shop.execute(sa.update(shop.outbox.tables.inbox).values(processed_at=clock(1)))  # which our consumers do as well
     assert re.search(
         r"; billing handled it at 20..-..-.. ..:..:.. UTC, after ada@ops replayed it at 20..-..-.. ..:..:.. UTC \(price",
         trace(shop, str(message.id)),

@@ -186,6 +186,26 @@ async def test_a_connection_whose_caller_was_cancelled_is_closed(on_postgresql: 
     await eventually(lambda: not sessions(on_postgresql))
 
 
+async def test_a_connection_is_closed_whose_caller_was_cancelled_before_it_had_it(
+    on_postgresql: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = asyncio.Event()
+
+    async def hangs(self: object, value: bool) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("psycopg.AsyncConnection.set_autocommit", hangs)
+    store = store_of(on_postgresql)
+    reading = asyncio.create_task(store.read(None, (), (), 10))
+    await asyncio.wait_for(reached.wait(), 10)
+    reading.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await reading
+    await eventually(lambda: not sessions(on_postgresql))
+    await store.close()
+
+
 @pytest.mark.parametrize("threshold", [None, 5])
 async def test_statements_are_prepared_only_where_the_engine_prepares_them(
     on_postgresql: Database, threshold: int | None

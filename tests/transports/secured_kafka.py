@@ -1,4 +1,4 @@
-"""A Kafka with TLS, SASL and access rights, as a local process."""
+"""A Kafka with TLS, SASL and access rights, that makes topics for whoever asks carelessly; as a local process."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def start() -> SecuredKafka:
         "ssl.keystore.location": str(folder / "keystore.pem"),
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
         "super.users": "User:ANONYMOUS",
+        "auto.create.topics.enable": "true",  # Kafka's default
     }
     for listener in ("sasl_plaintext", "sasl_ssl"):
         security = "org.apache.kafka.common.security"

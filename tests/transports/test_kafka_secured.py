@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
@@ -154,3 +155,23 @@ async def test_groups_and_topics_that_are_not_ours_are_unavailable(secured: Secu
         await transport.declare(["mine"])
     (complaint,) = await transport.check(["open", "hidden"])
     assert "'hidden'" in complaint
+
+
+async def test_asking_for_a_topic_does_not_make_it(secured: SecuredKafka, opened: Open) -> None:
+    transport = opened(secured.url("internal", user=""))
+    for _ in range(3):
+        (outcome,) = await transport.publish([message("asked")])
+        assert (outcome.kind, outcome.scope) == ("unavailable", "topic")
+        assert "add auto_create=true" in outcome.reason
+    with pytest.raises(Unavailable, match="does not exist"):
+        await transport.subscribe(["asked"], "g", window=10)
+    assert await opened(secured.url("internal", user="")).check(["asked"]) != []
+
+
+async def test_auto_create_makes_a_topic(secured: SecuredKafka, opened: Open) -> None:
+    transport = opened(secured.url("internal", user="", auto_create="true"))
+    deadline = time.monotonic() + 20
+    while (await transport.publish([message("wanted")]))[0].kind != "sent":
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
+    assert await opened(secured.url("internal", user="")).check(["wanted"]) == []
