@@ -61,14 +61,17 @@ install: $(VENV)/.dev ## Make the development environment in .venv
 demo: $(VENV)/.installed ## Watch messages go through an outbox: no broker, no database server
 	@$(BIN)/outbox demo $(ARGS)
 
+# Several processes, each with servers of its own; the tests of a file stay together.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 .PHONY: test
 test: $(VENV)/.dev ## Run all tests, on SQLAlchemy 2.1 and the core's on 2.0; starts the servers they need
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(PARALLEL) $(ARGS)
 	@$(MAKE) --no-print-directory test-sa20 ARGS=
 
 .PHONY: test-sa20
 test-sa20: $(VENV_SA20)/.dev ## Run the tests of the core on SQLAlchemy 2.0
-	$(VENV_SA20)/bin/pytest $(wildcard tests/unit tests/staging) $(ARGS)
+	$(VENV_SA20)/bin/pytest $(PARALLEL) $(wildcard tests/unit tests/staging) $(ARGS)
 
 .PHONY: unit
 unit: $(VENV)/.dev ## Run the tests that need no server

@@ -119,7 +119,7 @@ def new_id() -> uuid.UUID:
 
 def message_id(value: uuid.UUID | str) -> uuid.UUID:
     """The UUID under which the inbox knows a message: a UUID or its text as it is, any other text as UUID version 5.
-    Raises `TypeError`, or `EncodingError` for text that is not UTF-8."""
+    Raises `TypeError`, or `EncodingError` for empty text and text that is not UTF-8."""
     if isinstance(value, uuid.UUID):
         return value
     if not isinstance(value, str):
@@ -127,6 +127,8 @@ def message_id(value: uuid.UUID | str) -> uuid.UUID:
     try:
         return uuid.UUID(value)
     except ValueError:
+        if not value:
+            raise EncodingError("the message id is empty: all messages without one would be the same message") from None
         _require_utf8(value, "message id")
         return uuid.uuid5(FOREIGN_IDS, value)
 

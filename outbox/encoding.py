@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
@@ -37,7 +38,10 @@ class JsonCodec:
 
     def encode(self, payload: Any, topic: str) -> tuple[bytes, str]:
         encode = _encode or _load()
-        return encode(payload), JSON
+        data = encode(payload)
+        if b"null" in data:  # which is also what msgspec writes for NaN
+            _refuse_what_is_not_finite(payload)
+        return data, JSON
 
     def decode(self, payload: bytes, content_type: str | None, into: Any) -> Any:
         import msgspec
@@ -67,6 +71,21 @@ def _load() -> Callable[[Any], bytes]:
 
     _encode = msgspec.json.Encoder(enc_hook=_foreign).encode
     return _encode
+
+
+def _refuse_what_is_not_finite(payload: Any) -> None:
+    import msgspec
+
+    waiting = [msgspec.to_builtins(payload, enc_hook=_foreign)]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                raise TypeError("it holds NaN or an infinity, which JSON does not have; give None, or text")
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += value
 
 
 def _foreign(value: Any) -> Any:

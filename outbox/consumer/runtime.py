@@ -80,6 +80,7 @@ class Runtime:
                 await task  # raises what ended it
             await _cancel(sources)
             await self._finish(lambda _: True, deadline)
+            log.info("consumer %s stops: %s", self.name, self.state.counts.said())
         finally:
             await _cancel([stopping, *tasks])
             self.state.subscribed.clear()
@@ -121,6 +122,7 @@ class Runtime:
                         self.topics, self.name, window=self.window, member=self.member, revoked=self._revoked
                     )
                     self.state.subscribed.set()
+                    log.info("consumer %s reads %s from %s", self.name, ", ".join(self.topics), self.transport.name)
                 while True:
                     await self._fetch(self._subscription)
                     tries, self.state.broker = 0, None

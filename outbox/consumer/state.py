@@ -23,6 +23,12 @@ class Counts:
     """Without a handler, by a consumer with ``unknown="ignore"``."""
     dead: int = 0
 
+    def said(self) -> str:
+        """For a log."""
+        return (
+            f"{self.handled} handled, {self.skipped} skipped, {self.failed} attempts failed, {self.dead} dead letters"
+        )
+
 
 @dataclass(slots=True)
 class State:

@@ -167,7 +167,8 @@ class Retrying:
         flow.counts.dead += 1
         if not parked and (key := key_of(row)) is not None:
             self.keys.discard(key)
-        log.error("message %s for %s is a dead letter (%s)", row.id, row.topic, failure.reason)
+        why = failure.exception_message or failure.exception_type or "no reason was given"
+        log.error("message %s for %s is a dead letter (%s): %s", row.id, row.topic, failure.reason, why.splitlines()[0])
         return parked
 
     # ------------------------------------------------------------ what is due

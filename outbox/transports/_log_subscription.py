@@ -235,7 +235,8 @@ class LogSubscription:
         progress = {place: held.offsets.progress for place, held in self._held.items()}
         done = self._to_commit(progress)
         release = frozenset(self._release)
-        partitions, owned, give_up, refused = await self._log.run(self._tend_group, done, release)
+        ids = {place: held.topic_id for place, held in self._held.items()}
+        partitions, owned, give_up, refused = await self._log.run(self._tend_group, done, release, ids)
         self._release -= release
         for place in release:
             self._leaving.discard(place)
@@ -244,7 +245,9 @@ class LogSubscription:
             if place in self._held:
                 self._held[place].offsets.committed = progress[place]
         lost = {
-            place for place, held in self._held.items() if place not in owned or owned[place].epoch != held.epoch
+            place
+            for place, held in self._held.items()
+            if place not in owned or owned[place].epoch != held.epoch or partitions[place[0]].id != held.topic_id
         } - release
         if lost:
             logger.warning("group %s: partitions went to another member meanwhile: %s", self._group, sorted(lost))
@@ -264,10 +267,13 @@ class LogSubscription:
         }
 
     def _tend_group(
-        self, done: dict[TopicPartition, Owned], release: frozenset[TopicPartition]
+        self, done: dict[TopicPartition, Owned], release: frozenset[TopicPartition], ids: dict[TopicPartition, str]
     ) -> tuple[dict[str, Topic], dict[TopicPartition, Owned], frozenset[TopicPartition], frozenset[TopicPartition]]:
-        """In the log's thread."""
+        """In the log's thread. ``ids``: of the topics as they were, since a position in a former one says nothing about
+        one that was made anew."""
         topics = self._log.topics(self._topics, self._create)
+        former = {place for place in done if place[0] not in topics or topics[place[0]].id != ids[place]}
+        done = {place: state for place, state in done.items() if place not in former}
         counts = {name: topic.partitions for name, topic in topics.items()}
 
         def change(
@@ -277,7 +283,7 @@ class LogSubscription:
             return *group.beat(self._name, self._member, now, counts), refused
 
         owned, give_up, refused = self._log.with_group(self._group, change)
-        return topics, owned, give_up, refused
+        return topics, owned, give_up, refused | former
 
     def _give_up(self, places: frozenset[TopicPartition]) -> None:
         if places:

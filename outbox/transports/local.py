@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import random
 import sqlite3
@@ -28,6 +29,8 @@ from outbox.transports._group import Group, Member, Share, TopicPartition
 from outbox.transports._log import Bell, Row, Stored, Topic
 from outbox.transports._log_transport import LogTransport, options
 from outbox.transports._url import Url, a_number
+
+log = logging.getLogger("outbox.transports")
 
 T = TypeVar("T")
 Arguments = TypeVarTuple("Arguments")
@@ -109,7 +112,9 @@ class LocalLog:
     def open(self) -> None:
         if self._db is not None and self._file == _identity(self.path):
             return
-        self._forget()  # the file was removed or replaced: what is stored in the old one, no one would find
+        if self._db is not None:
+            log.warning("local: %s was removed or replaced; what the former file holds is not read any more", self.path)
+        self._forget()  # what is stored in the old one, no one would find
         if not self.path.parent.is_dir():
             raise ConfigurationError(f"local: the folder {self.path.parent} does not exist; make it first")
         # timeout=0: waiting for a lock is ours to do, because SQLite's own cannot be interrupted.
@@ -138,6 +143,7 @@ class LocalLog:
             raise ConfigurationError(f"local: {self.path} is a database of something else; give the log its own file")
         for statement in _SCHEMA.split(";"):
             db.execute(statement)
+        log.info("local: made a new log, %s", self.path)
 
     def _connection(self) -> sqlite3.Connection:
         assert self._db is not None
@@ -210,7 +216,9 @@ class LocalLog:
     def read(self, wanted: Sequence[tuple[TopicPartition, int, int]], limit: int) -> dict[TopicPartition, list[Stored]]:
         found: dict[TopicPartition, list[Stored]] = {}
         for place, offset, most in wanted:
-            base = self._id(place) << _OFFSET_BITS
+            if (id := self._id(place)) is None:
+                continue  # the file was replaced, and this is another log
+            base = id << _OFFSET_BITS
             bounds = (base + offset, base + (1 << _OFFSET_BITS), min(most, limit))
             rows = self._patiently(partial(self._range, bounds))
             if rows:
@@ -232,11 +240,14 @@ class LocalLog:
             result.append((place - base, key, payload, headers, when))
         return result
 
-    def _id(self, place: TopicPartition) -> int:
+    def _id(self, place: TopicPartition) -> int | None:
         id = self._ids.get(place)
         if id is None:
-            ((id,),) = self._connection().execute("SELECT id FROM partition WHERE topic = ? AND number = ?", place)
-            self._ids[place] = id
+            found = (
+                self._connection().execute("SELECT id FROM partition WHERE topic = ? AND number = ?", place).fetchone()
+            )
+            if found is not None:
+                id = self._ids[place] = found[0]
         return id
 
     def with_group(self, name: str, change: Callable[[Group, float], T]) -> T:

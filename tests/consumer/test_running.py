@@ -87,6 +87,21 @@ async def test_it_can_be_run_again_after_it_ended(sqlite_billing: Billing) -> No
     assert sqlite_billing.charges() == [0, 1]
 
 
+async def test_it_says_what_it_reads_and_what_it_has_done(
+    sqlite_billing: Billing, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "outbox.consumer")
+    consumer = sqlite_billing.consumer()
+    consumer.on(OrderPlaced)(charge)
+    async with running(consumer):
+        await sqlite_billing.publish(placed(1))
+        await until_finished(consumer, 1)
+    assert caplog.messages == [
+        "consumer billing reads orders from memory",
+        "consumer billing stops: 1 handled, 0 skipped, 0 attempts failed, 0 dead letters",
+    ]
+
+
 async def test_it_does_not_run_twice_at_once(sqlite_billing: Billing) -> None:
     consumer = sqlite_billing.consumer()
     consumer.on(OrderPlaced)(charge)

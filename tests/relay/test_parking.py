@@ -157,7 +157,7 @@ async def test_a_message_is_tried_as_often_as_the_budget_says(database: Database
 
 @PIPELINES
 async def test_a_rejected_message_becomes_a_dead_letter_at_once_and_its_key_flows(
-    database: Database, pipeline: bool
+    database: Database, pipeline: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     def script(row: Outgoing, tries: int) -> Outcome | None:
         return Outcome.reject("too large") if row.payload == b"large" else None
@@ -173,6 +173,7 @@ async def test_a_rejected_message_becomes_a_dead_letter_at_once_and_its_key_flow
     letters = {str(row.message_id): row for row in database.rows("dead_letter")}
     assert set(letters) == {ids[1], ids[2]}
     assert {(row.reason, row.attempts) for row in letters.values()} == {("rejected", 1)}
+    assert f"message {ids[1]} for orders is a dead letter (rejected): too large" in caplog.messages
     assert not any(broker.tries[id] > 1 for id in ids)
 
 

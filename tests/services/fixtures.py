@@ -10,7 +10,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -21,19 +21,34 @@ ServerT = TypeVar("ServerT", bound=Server)
 INSTALL_TIMEOUT = 900  # seconds for the first test that needs a service, which on a new machine installs it
 
 MISSING = pytest.StashKey[dict[str, str]]()
+TO_START = pytest.StashKey[set[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[MISSING] = {}
+    config.stash[TO_START] = set(SERVICES)
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Allow the first test that needs a service the time to have it installed: pytest-timeout counts fixtures."""
-    to_start = set(SERVICES)
-    for item in session.items:
-        if needed := to_start.intersection(getattr(item, "fixturenames", ())):
-            to_start -= needed
-            item.add_marker(pytest.mark.timeout(INSTALL_TIMEOUT), append=False)
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-timeout looks for its marker, since it counts fixtures
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Allow the first test of this process that needs a service the time to have it installed."""
+    to_start = item.config.stash[TO_START]
+    if needed := to_start.intersection(getattr(item, "fixturenames", ())):
+        to_start -= needed
+        item.add_marker(pytest.mark.timeout(INSTALL_TIMEOUT), append=False)
+    return (yield)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One of several processes tells the one that reports."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["missing services"] = session.config.stash[MISSING]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[MISSING].update(getattr(node, "workeroutput", {}).get("missing services", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

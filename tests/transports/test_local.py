@@ -331,6 +331,27 @@ async def test_a_file_that_was_replaced_is_the_one_that_is_written_to(log: Trans
     await other.close()
 
 
+async def test_a_reader_outlives_the_replacement_of_its_file(
+    log: Transport, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "outbox.transports")
+    await log.publish(numbered("t", 3))
+    subscription = await log.subscribe(["t"], "g", window=100)
+    await subscription.ack(await subscription.fetch(10, 5))  # a position in the former log, and none in the new one
+    for file in path.parent.glob("log.db*"):
+        file.unlink()
+    await subscription.fetch(10, 0.2)
+    assert [outcome.kind for outcome in await log.publish(numbered("t", 2))] == ["sent"] * 2
+    found: list[Delivery] = []
+    deadline = time.monotonic() + 20
+    while len(found) < 2:
+        assert time.monotonic() < deadline
+        with contextlib.suppress(Unavailable):
+            found += await subscription.fetch(10, 0.2)
+    assert "was removed or replaced" in caplog.text
+    assert f"made a new log, {path}" in caplog.text
+
+
 async def test_a_folder_that_is_not_there_says_so(tmp_path: Path) -> None:
     transport = open_transport(f"local://{tmp_path}/missing/log.db")
     with pytest.raises(ConfigurationError, match="missing does not exist"):
