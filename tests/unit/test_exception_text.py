@@ -46,8 +46,11 @@ def noted() -> None:
     raise error
 
 
-def recursive() -> None:
-    recursive()
+def recursive(depth: int = 100) -> None:
+    # not to Python's limit: whatever the garbage collector finalizes up there fails, whoever left it
+    if not depth:
+        raise RecursionError("deep enough")
+    recursive(depth - 1)
 
 
 def caught(function: Callable[[], None]) -> BaseException:
