@@ -31,8 +31,9 @@ from outbox._message import (
     message_id,
     new_id,
 )
+from outbox.dialects import clock, insert_if_absent
 from outbox.errors import ConfigurationError, EncodingError
-from outbox.tables import CONSUMER_LENGTH, Tables, clock, insert_if_absent, tables_for
+from outbox.tables import CONSUMER_LENGTH, Tables, tables_for
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session

@@ -6,166 +6,20 @@ name of ours, so that a naming convention on the user's metadata makes no phanto
 
 from __future__ import annotations
 
-import datetime as dt
 import re
 import uuid
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.schema import conv
-from sqlalchemy.sql.expression import FunctionElement
 
 from outbox._message import BUCKETS, KEY_LENGTH, TOPIC_LENGTH, TYPE_LENGTH
+from outbox.dialects import UtcDateTime, binary, long_text, now, number, text
 from outbox.errors import ConfigurationError
 
 SCHEMA_VERSION: Final = 1
 CONSUMER_LENGTH: Final = 128
-
-
-class UtcDateTime(sa.types.TypeDecorator[dt.datetime]):
-    """An instant. Aware in Python; ``timestamptz`` on PostgreSQL, UTC without a zone where the database has none."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
-        if dialect.name in ("mysql", "mariadb"):
-            from sqlalchemy.dialects.mysql import DATETIME
-
-            return dialect.type_descriptor(DATETIME(fsp=6))
-        return dialect.type_descriptor(sa.DateTime(timezone=True))
-
-    def process_bind_param(self, value: dt.datetime | None, dialect: sa.Dialect) -> dt.datetime | None:
-        if value is None or dialect.name == "postgresql":
-            return value
-        return value.astimezone(dt.UTC).replace(tzinfo=None)
-
-    def process_result_value(self, value: dt.datetime | None, dialect: sa.Dialect) -> dt.datetime | None:
-        if value is None:
-            return None
-        return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
-
-
-class clock(FunctionElement[dt.datetime]):
-    """The database's clock now, plus some seconds: ``clock()``, ``clock(30)``. Never the application's clock."""
-
-    inherit_cache = True
-    name = "outbox_clock"
-    type = UtcDateTime()
-
-    def __init__(self, seconds: float = 0) -> None:
-        super().__init__(sa.literal(seconds, sa.Float()))
-
-
-@compiles(clock)
-def _clock_postgresql(element: clock, compiler: Any, **kw: Any) -> str:
-    return f"clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)})"
-
-
-@compiles(clock, "sqlite")
-def _clock_sqlite(element: clock, compiler: Any, **kw: Any) -> str:
-    # milliseconds, padded to the six digits that SQLAlchemy stores, so that text compares as time does
-    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', {compiler.process(element.clauses, **kw)} || ' seconds')"
-
-
-@compiles(clock, "mysql", "mariadb")
-def _clock_mysql(element: clock, compiler: Any, **kw: Any) -> str:
-    return f"utc_timestamp(6) + interval {compiler.process(element.clauses, **kw)} second"
-
-
-class _now(FunctionElement[dt.datetime]):
-    """The database's clock as a column default."""
-
-    inherit_cache = True
-    name = "outbox_now"
-    type = UtcDateTime()
-
-
-@compiles(_now)
-def _now_postgresql(element: _now, compiler: Any, **kw: Any) -> str:
-    return "clock_timestamp()"
-
-
-@compiles(_now, "sqlite")
-def _now_sqlite(element: _now, compiler: Any, **kw: Any) -> str:
-    return "(strftime('%Y-%m-%d %H:%M:%f000', 'now'))"
-
-
-@compiles(_now, "mysql", "mariadb")
-def _now_mysql(element: _now, compiler: Any, **kw: Any) -> str:
-    return "(utc_timestamp(6))"
-
-
-def insert_if_absent(table: sa.Table, dialect: str) -> sa.Insert:
-    """An insert that does nothing where the row is there already: by conflict clause, never by the text of an error.
-    Its result's ``rowcount`` says which."""
-    if dialect == "postgresql":
-        from sqlalchemy.dialects import postgresql
-
-        insert: sa.Insert = postgresql.insert(table).on_conflict_do_nothing()
-    elif dialect == "sqlite":
-        from sqlalchemy.dialects import sqlite
-
-        insert = sqlite.insert(table).on_conflict_do_nothing()
-    elif dialect in ("mysql", "mariadb"):
-        insert = table.insert().prefix_with("IGNORE")
-    else:
-        raise ConfigurationError(f"database {dialect!r}: PostgreSQL, SQLite, MySQL and MariaDB are possible")
-    # SQLAlchemy keeps the row count of an INSERT only when told to: an async psycopg cursor is closed by then and says -1
-    return insert.execution_options(preserve_rowcount=True)
-
-
-# What MySQL and MariaDB need, without importing their dialects (all of SQLAlchemy's cost 60 ms). Text is compared byte by
-# byte everywhere: MySQL's default collation would merge the keys 'a' and 'A'.
-
-
-class MysqlText(sa.String):
-    """VARCHAR in UTF-8, compared byte by byte."""
-
-
-class MysqlLongText(sa.Text):
-    """Up to 16 MiB of UTF-8."""
-
-
-class MysqlBytes(sa.LargeBinary):
-    """Bytes of any length."""
-
-
-_BINARY_UTF8: Final = "CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
-
-
-@compiles(MysqlText, "mysql", "mariadb")
-def _mysql_text(type_: MysqlText, compiler: Any, **kw: Any) -> str:
-    return f"VARCHAR({type_.length}) {_BINARY_UTF8}"
-
-
-@compiles(MysqlLongText, "mysql", "mariadb")
-def _mysql_long_text(type_: MysqlLongText, compiler: Any, **kw: Any) -> str:
-    return f"MEDIUMTEXT {_BINARY_UTF8}"
-
-
-@compiles(MysqlBytes, "mysql", "mariadb")
-def _mysql_bytes(type_: MysqlBytes, compiler: Any, **kw: Any) -> str:
-    return "LONGBLOB"
-
-
-def _text(length: int) -> sa.types.TypeEngine[str]:
-    return sa.String(length).with_variant(MysqlText(length), "mysql", "mariadb")
-
-
-def _long_text() -> sa.types.TypeEngine[str]:
-    return sa.Text().with_variant(MysqlLongText(), "mysql", "mariadb")
-
-
-def _bytes() -> sa.types.TypeEngine[bytes]:
-    return sa.LargeBinary().with_variant(MysqlBytes(), "mysql", "mariadb")
-
-
-def _number() -> sa.types.TypeEngine[int]:
-    # SQLite gives AUTOINCREMENT to INTEGER only
-    return sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
 def _body() -> list[sa.Column[Any]]:
@@ -173,13 +27,13 @@ def _body() -> list[sa.Column[Any]]:
     return [
         sa.Column("id", sa.Uuid(), nullable=False),
         sa.Column("bucket", sa.SmallInteger(), nullable=False),
-        sa.Column("topic", _text(TOPIC_LENGTH), nullable=False),
-        sa.Column("key", _text(KEY_LENGTH)),
-        sa.Column("type", _text(TYPE_LENGTH)),
-        sa.Column("payload", _bytes()),
-        sa.Column("content_type", _text(255)),
-        sa.Column("headers", _long_text()),
-        sa.Column("created_at", UtcDateTime(), nullable=False, server_default=_now()),
+        sa.Column("topic", text(TOPIC_LENGTH), nullable=False),
+        sa.Column("key", text(KEY_LENGTH)),
+        sa.Column("type", text(TYPE_LENGTH)),
+        sa.Column("payload", binary()),
+        sa.Column("content_type", text(255)),
+        sa.Column("headers", long_text()),
+        sa.Column("created_at", UtcDateTime(), nullable=False, server_default=now()),
     ]
 
 
@@ -258,7 +112,7 @@ def _message(t: Tables) -> sa.Table:
     return t.table(
         "message",
         # cache=1: with a larger one each session hands out positions of its own and insertion order is gone
-        sa.Column("position", _number(), sa.Identity(cache=1), autoincrement=True, nullable=False),
+        sa.Column("position", number(), sa.Identity(cache=1), autoincrement=True, nullable=False),
         *_body(),
         t.primary_key("message", "position"),
         t.bucket_check("message"),
@@ -283,12 +137,12 @@ def _parked(t: Tables) -> sa.Table:
         "parked",
         sa.Column("position", sa.BigInteger(), autoincrement=False, nullable=False),
         *_body(),
-        sa.Column("role", _text(8), nullable=False),
+        sa.Column("role", text(8), nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False, server_default=sa.text("0")),
         sa.Column("next_attempt_at", UtcDateTime()),
         sa.Column("first_failed_at", UtcDateTime()),
         sa.Column("last_failed_at", UtcDateTime()),
-        sa.Column("last_error", _long_text()),
+        sa.Column("last_error", long_text()),
         t.primary_key("parked", "position"),
         t.index("parked_key", "topic", "key", "position"),
         t.index("parked_due", "role", "next_attempt_at"),
@@ -300,30 +154,30 @@ def _dead_letter(t: Tables) -> sa.Table:
         "dead_letter",
         sa.Column("id", sa.Uuid(), nullable=False),
         # '' is the relay; NULLs would be distinct in the unique key
-        sa.Column("consumer", _text(CONSUMER_LENGTH), nullable=False),
+        sa.Column("consumer", text(CONSUMER_LENGTH), nullable=False),
         sa.Column("message_id", sa.Uuid(), nullable=False),
         sa.Column("cycle", sa.Integer(), nullable=False),
-        sa.Column("topic", _text(TOPIC_LENGTH), nullable=False),
+        sa.Column("topic", text(TOPIC_LENGTH), nullable=False),
         sa.Column("partition", sa.Integer()),
         sa.Column("offset", sa.BigInteger()),
         sa.Column("bucket", sa.SmallInteger()),
-        sa.Column("key", _text(KEY_LENGTH)),
-        sa.Column("raw_key", _bytes()),  # only where the key is not text of our length: a foreign producer's
-        sa.Column("type", _text(TYPE_LENGTH)),
-        sa.Column("payload", _bytes()),
-        sa.Column("content_type", _text(255)),
-        sa.Column("headers", _long_text()),
+        sa.Column("key", text(KEY_LENGTH)),
+        sa.Column("raw_key", binary()),  # only where the key is not text of our length: a foreign producer's
+        sa.Column("type", text(TYPE_LENGTH)),
+        sa.Column("payload", binary()),
+        sa.Column("content_type", text(255)),
+        sa.Column("headers", long_text()),
         sa.Column("created_at", UtcDateTime()),
-        sa.Column("reason", _text(32), nullable=False),
-        sa.Column("exception_type", _text(255)),
-        sa.Column("exception_message", _long_text()),
-        sa.Column("stack", _long_text()),
-        sa.Column("fingerprint", _text(16), nullable=False),
+        sa.Column("reason", text(32), nullable=False),
+        sa.Column("exception_type", text(255)),
+        sa.Column("exception_message", long_text()),
+        sa.Column("stack", long_text()),
+        sa.Column("fingerprint", text(16), nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("first_failed_at", UtcDateTime()),
-        sa.Column("dead_at", UtcDateTime(), nullable=False, server_default=_now()),
-        sa.Column("app_version", _text(64)),
-        sa.Column("state", _text(16), nullable=False),
+        sa.Column("dead_at", UtcDateTime(), nullable=False, server_default=now()),
+        sa.Column("app_version", text(64)),
+        sa.Column("state", text(16), nullable=False),
         sa.Column("closed_at", UtcDateTime()),
         sa.Column("edited_from", sa.Uuid()),
         t.primary_key("dead_letter", "id"),
@@ -335,12 +189,12 @@ def _dead_letter(t: Tables) -> sa.Table:
 def _audit(t: Tables) -> sa.Table:
     return t.table(
         "audit",
-        sa.Column("id", _number(), sa.Identity(), autoincrement=True, nullable=False),
-        sa.Column("at", UtcDateTime(), nullable=False, server_default=_now()),
-        sa.Column("action", _text(32), nullable=False),
-        sa.Column("who", _text(255), nullable=False),
-        sa.Column("why", _long_text()),
-        sa.Column("target", _long_text(), nullable=False),
+        sa.Column("id", number(), sa.Identity(), autoincrement=True, nullable=False),
+        sa.Column("at", UtcDateTime(), nullable=False, server_default=now()),
+        sa.Column("action", text(32), nullable=False),
+        sa.Column("who", text(255), nullable=False),
+        sa.Column("why", long_text()),
+        sa.Column("target", long_text(), nullable=False),
         sa.Column("count", sa.Integer(), nullable=False),
         t.primary_key("audit", "id"),
         sqlite_autoincrement=True,
@@ -351,11 +205,11 @@ def _inbox(t: Tables) -> sa.Table:
     # The consumer's hottest insert. The index by time is BRIN on PostgreSQL: next to free for rows that come in its order.
     return t.table(
         "inbox",
-        sa.Column("consumer", _text(CONSUMER_LENGTH), nullable=False),
+        sa.Column("consumer", text(CONSUMER_LENGTH), nullable=False),
         sa.Column("message_id", sa.Uuid(), nullable=False),
-        sa.Column("outcome", _text(8), nullable=False),
+        sa.Column("outcome", text(8), nullable=False),
         sa.Column("cycle", sa.Integer(), nullable=False, server_default=sa.text("0")),
-        sa.Column("processed_at", UtcDateTime(), nullable=False, server_default=_now()),
+        sa.Column("processed_at", UtcDateTime(), nullable=False, server_default=now()),
         t.primary_key("inbox", "consumer", "message_id"),
         t.index("inbox_processed_at", "processed_at", postgresql_using="brin"),
     )
@@ -364,25 +218,25 @@ def _inbox(t: Tables) -> sa.Table:
 def _attempt(t: Tables) -> sa.Table:
     return t.table(
         "attempt",
-        sa.Column("consumer", _text(CONSUMER_LENGTH), nullable=False),
+        sa.Column("consumer", text(CONSUMER_LENGTH), nullable=False),
         sa.Column("message_id", sa.Uuid(), nullable=False),
         sa.Column("cycle", sa.Integer(), nullable=False, server_default=sa.text("0")),
-        sa.Column("topic", _text(TOPIC_LENGTH), nullable=False),
+        sa.Column("topic", text(TOPIC_LENGTH), nullable=False),
         sa.Column("partition", sa.Integer()),
         sa.Column("offset", sa.BigInteger()),
-        sa.Column("key", _text(KEY_LENGTH)),
+        sa.Column("key", text(KEY_LENGTH)),
         sa.Column("sequence", sa.BigInteger()),
         sa.Column("attempts", sa.Integer(), nullable=False, server_default=sa.text("0")),
-        sa.Column("state", _text(16), nullable=False),
+        sa.Column("state", text(16), nullable=False),
         sa.Column("next_attempt_at", UtcDateTime()),
         sa.Column("first_failed_at", UtcDateTime()),
         sa.Column("last_failed_at", UtcDateTime()),
-        sa.Column("last_error", _long_text()),
+        sa.Column("last_error", long_text()),
         # the message itself, where it waits in the database
-        sa.Column("type", _text(TYPE_LENGTH)),
-        sa.Column("payload", _bytes()),
-        sa.Column("content_type", _text(255)),
-        sa.Column("headers", _long_text()),
+        sa.Column("type", text(TYPE_LENGTH)),
+        sa.Column("payload", binary()),
+        sa.Column("content_type", text(255)),
+        sa.Column("headers", long_text()),
         sa.Column("created_at", UtcDateTime()),
         t.primary_key("attempt", "consumer", "message_id"),
         t.index("attempt_sequence", "consumer", "key", "sequence"),
@@ -395,10 +249,10 @@ def _sent(t: Tables) -> sa.Table:
         "sent",
         sa.Column("position", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("topic", _text(TOPIC_LENGTH), nullable=False),
+        sa.Column("topic", text(TOPIC_LENGTH), nullable=False),
         sa.Column("partition", sa.Integer()),
         sa.Column("offset", sa.BigInteger()),
-        sa.Column("sent_at", UtcDateTime(), nullable=False, server_default=_now()),
+        sa.Column("sent_at", UtcDateTime(), nullable=False, server_default=now()),
         t.primary_key("sent", "position"),
         t.index("sent_id", "id"),
         t.index("sent_sent_at", "sent_at", postgresql_using="brin"),
@@ -409,11 +263,11 @@ def _lease(t: Tables) -> sa.Table:
     return t.table(
         "lease",
         sa.Column("bucket", sa.SmallInteger(), autoincrement=False, nullable=False),
-        sa.Column("owner", _text(128)),
+        sa.Column("owner", text(128)),
         sa.Column("epoch", sa.BigInteger(), nullable=False, server_default=sa.text("0")),
         sa.Column("expires_at", UtcDateTime()),
-        sa.Column("transactional_id", _text(255)),
-        sa.Column("fence_pending", _long_text()),  # JSON list: transactional ids of previous owners not yet fenced
+        sa.Column("transactional_id", text(255)),
+        sa.Column("fence_pending", long_text()),  # JSON list: transactional ids of previous owners not yet fenced
         t.primary_key("lease", "bucket"),
     )
 
@@ -421,12 +275,12 @@ def _lease(t: Tables) -> sa.Table:
 def _relay(t: Tables) -> sa.Table:
     return t.table(
         "relay",
-        sa.Column("owner", _text(128), nullable=False),
-        sa.Column("host", _text(255), nullable=False),
-        sa.Column("version", _text(64), nullable=False),
-        sa.Column("started_at", UtcDateTime(), nullable=False, server_default=_now()),
-        sa.Column("heartbeat_at", UtcDateTime(), nullable=False, server_default=_now()),
-        sa.Column("state", _long_text()),  # JSON: open circuits and since when, for `outbox status` in another process
+        sa.Column("owner", text(128), nullable=False),
+        sa.Column("host", text(255), nullable=False),
+        sa.Column("version", text(64), nullable=False),
+        sa.Column("started_at", UtcDateTime(), nullable=False, server_default=now()),
+        sa.Column("heartbeat_at", UtcDateTime(), nullable=False, server_default=now()),
+        sa.Column("state", long_text()),  # JSON: open circuits and since when, for `outbox status` in another process
         t.primary_key("relay", "owner"),
     )
 
@@ -434,9 +288,9 @@ def _relay(t: Tables) -> sa.Table:
 def _checkpoint(t: Tables) -> sa.Table:
     return t.table(
         "checkpoint",
-        sa.Column("name", _text(128), nullable=False),
-        sa.Column("value", _long_text(), nullable=False),
-        sa.Column("updated_at", UtcDateTime(), nullable=False, server_default=_now()),
+        sa.Column("name", text(128), nullable=False),
+        sa.Column("value", long_text(), nullable=False),
+        sa.Column("updated_at", UtcDateTime(), nullable=False, server_default=now()),
         t.primary_key("checkpoint", "name"),
     )
 

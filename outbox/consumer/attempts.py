@@ -13,7 +13,8 @@ from outbox import encoding
 from outbox.consumer.incoming import Incoming
 from outbox.dead_letters import record as dead_letter
 from outbox.dead_letters.record import Failure
-from outbox.tables import Tables, UtcDateTime, clock, insert_if_absent
+from outbox.dialects import UtcDateTime, clock, insert_if_absent
+from outbox.tables import Tables
 
 WAITING: Final = "waiting"
 REPLAY: Final = "replay"

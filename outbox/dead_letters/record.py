@@ -17,7 +17,8 @@ import sqlalchemy as sa
 
 from outbox._message import Outgoing, new_id
 from outbox.dead_letters.exception_text import message_of, stack_of, type_of
-from outbox.tables import Tables, UtcDateTime, clock, insert_if_absent
+from outbox.dialects import UtcDateTime, clock, insert_if_absent
+from outbox.tables import Tables
 from outbox.transport import Outcome
 
 STACK_BYTES: Final = 8 * 1024

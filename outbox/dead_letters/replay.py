@@ -19,8 +19,9 @@ from outbox import encoding, wire
 from outbox._message import bucket_of
 from outbox.dead_letters.letter import Filter
 from outbox.dead_letters.record import RELAY
+from outbox.dialects import clock, insert_if_absent
 from outbox.errors import DecodingError
-from outbox.tables import Tables, clock, insert_if_absent
+from outbox.tables import Tables
 
 AT_ONCE: Final = 500  # rows of one transaction
 

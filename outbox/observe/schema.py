@@ -7,8 +7,9 @@ from typing import Final
 import sqlalchemy as sa
 
 from outbox._message import BUCKETS
+from outbox.dialects import insert_if_absent
 from outbox.errors import SchemaMismatch
-from outbox.tables import SCHEMA_VERSION, Tables, insert_if_absent
+from outbox.tables import SCHEMA_VERSION, Tables
 
 # Schemas in which nobody keeps an outbox; asking them costs time and finds nothing.
 _SYSTEM: Final = ("information_schema", "mysql", "performance_schema", "sys")

@@ -10,9 +10,10 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from outbox._message import BUCKETS
+from outbox.dialects import UtcDateTime, clock
 from outbox.observe.consumers import ConsumerStatus, consumers
 from outbox.observe.explain import explain
-from outbox.tables import Tables, UtcDateTime, clock
+from outbox.tables import Tables
 
 LEASE: Final = 10.0  # seconds; a relay's lease time, where no lease tells it
 

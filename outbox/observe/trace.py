@@ -10,9 +10,10 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from outbox import encoding
+from outbox.dialects import UtcDateTime, clock
 from outbox.errors import DecodingError
 from outbox.observe.verdict import of_key, of_message
-from outbox.tables import Tables, UtcDateTime, clock
+from outbox.tables import Tables
 
 LIMIT: Final = 200  # rows a table
 

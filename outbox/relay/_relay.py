@@ -135,7 +135,7 @@ class Relay:
                         broken = "; ".join(str(state["reason"]) for state in flow.circuits.state().values())
                         raise Unavailable(f"stopped draining, the rest is still in the outbox: {broken}")
                     break
-                if flow is not None and (error := flow.stuck(PATIENCE)) is not None:
+                if flow is not None and (error := flow.troubles.lasting(PATIENCE)) is not None:
                     raise error
                 await asyncio.wait([running], timeout=0.02)
         finally:
@@ -250,9 +250,9 @@ class Relay:
         while True:
             try:
                 pause = await work()
-                flow.works(what)
+                flow.troubles.works(what)
             except Exception as error:
-                pause = min(0.1 * 2 ** min(flow.fails(what, error), 10), 2.0, self._lease / 4)
+                pause = min(0.1 * 2 ** min(flow.troubles.fails(what, error), 10), 2.0, self._lease / 4)
                 foreseen = isinstance(error, OutboxError)
                 log.error("the relay has a problem, and tries again: %s", error, exc_info=None if foreseen else error)
             await asyncio.sleep(pause)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -20,10 +18,12 @@ from outbox._message import Outgoing
 from outbox.backoff import Backoff
 from outbox.errors import ConfigurationError, LeaseLost, StoreUnavailable
 from outbox.relay.circuit import EVERYTHING, Circuits
+from outbox.relay.lanes import Lanes
 from outbox.relay.leases import Leases
 from outbox.relay.parking import ParkedKey, key_of
 from outbox.relay.publishing import close, publish
 from outbox.relay.retrying import Retrying
+from outbox.relay.troubles import Troubles
 from outbox.store import Store
 from outbox.transport import SENT, Outcome, Transport
 
@@ -31,7 +31,6 @@ log = logging.getLogger("outbox.relay")
 
 PROBE = 16  # rows of one read while something is broken
 CONNECT = 30.0  # seconds after which a broker that does not answer at all counts as away
-REST = Backoff(first=0.2, factor=2.0, most=5.0)  # after the fate of messages could not be stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +57,6 @@ class Counts:
     sent: int = 0
     parked: int = 0
     dead: int = 0
-
-
-@dataclass(slots=True)
-class Trouble:
-    """What failed and has not worked since. ``since``: monotonic seconds; ``failures``: in a row."""
-
-    since: float
-    failures: int
-    error: BaseException
 
 
 class Flow:
@@ -99,12 +89,11 @@ class Flow:
         self._quiet = False  # nothing new is handed over until all that was handed over has been answered
         # Key to first position, of what was dropped to be read again since it is quiet
         self._dropped: dict[ParkedKey, int] = {}
-        self._troubles: dict[str, Trouble] = {}  # by what was done
-        self._resting_until = 0.0  # monotonic
+        self.troubles = Troubles()
         self._progress = asyncio.Event()
         self._to_settle = asyncio.Event()
         self._wake = asyncio.Event()
-        self._lanes: dict[ParkedKey, deque[Outgoing]] = {}
+        self._lanes = Lanes()
         self.retrying = Retrying(self)
 
     # ------------------------------------------------------------ told by the relay
@@ -151,7 +140,7 @@ class Flow:
     @property
     def ready(self) -> bool:
         """Whether anything new may be sent now."""
-        waits = self.circuits.wait(EVERYTHING) or self._resting()
+        waits = self.circuits.wait(EVERYTHING) or self.troubles.resting()
         return self.connected and self.leases.valid and not waits and not self.finishing
 
     @property
@@ -203,7 +192,7 @@ class Flow:
                 return 0.0
             self._quiet = False
             self._dropped.clear()
-        wait = max(self.circuits.wait(EVERYTHING), self._resting())
+        wait = max(self.circuits.wait(EVERYTHING), self.troubles.resting())
         if wait:
             return wait
         if not self.connected:
@@ -229,10 +218,10 @@ class Flow:
             rows = await self.store.read(None if len(buckets) == 64 else buckets, self._in_flight, left_out, limit)
         except (StoreUnavailable, LeaseLost) as error:
             log.error("cannot read the outbox: %s", error)
-            self.fails("read", error)
+            self.troubles.fails("read", error)
             self.forget("the database cannot be read")
             return max(0.1, min(2.0, pause * 2))
-        self.works("read")
+        self.troubles.works("read")
         self.started.set()
         if not self.current(generation) or buckets != self.owned():
             # while this was read, a row before it was dropped to be read again, or a bucket went to another relay
@@ -304,49 +293,14 @@ class Flow:
         finally:
             timer.cancel()
 
-    def fails(self, what: str, error: BaseException) -> int:
-        """Note that this failed; returns how often in a row."""
-        known = self._troubles.setdefault(what, Trouble(time.monotonic(), 0, error))
-        known.failures += 1
-        known.error = error
-        return known.failures
-
-    def works(self, what: str) -> None:
-        """The opposite of `fails`."""
-        if self._troubles:
-            self._troubles.pop(what, None)
-
-    def stuck(self, seconds: float) -> BaseException | None:
-        """The error of what has not worked for so long."""
-        now = time.monotonic()
-        return next((trouble.error for trouble in self._troubles.values() if now - trouble.since > seconds), None)
-
-    def rest(self, after: str, error: BaseException) -> None:
-        """The fate of messages could not be stored: pause, longer each time, instead of sending them again and again."""
-        self._resting_until = time.monotonic() + REST.delay(self.fails(after, error))
-
-    def _resting(self) -> float:
-        return max(0.0, self._resting_until - time.monotonic())
-
     # ------------------------------------------------------------ publishing
 
     def _hand_over(self, rows: list[Outgoing]) -> None:
         """Start publishing, in order. Where the transport cannot keep a key in order by itself, its next message waits."""
         if not self.transport.capabilities.ordered_pipeline:
-            rows = [row for row in rows if self._first_of_its_key(row)]
+            rows = [row for row in rows if self._lanes.first_of_its_key(row)]
         if rows:
             self._spawn(self._publish(rows))
-
-    def _first_of_its_key(self, row: Outgoing) -> bool:
-        key = key_of(row)
-        if key is None:
-            return True
-        lane = self._lanes.get(key)
-        if lane is None:
-            self._lanes[key] = deque()
-            return True
-        lane.append(row)
-        return False
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -359,7 +313,7 @@ class Flow:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("publishing failed in an unforeseen way; what was in flight is read again", exc_info=error)
             self.forget("an unforeseen error")
-            self.rest("publish", error)
+            self.troubles.rest("publish", error)
 
     async def publish(self, rows: Sequence[Outgoing], *, parked: bool = False) -> list[Outcome]:
         """One call of the transport, if the leases are still ours; its circuits follow the outcomes."""
@@ -370,7 +324,7 @@ class Flow:
     async def _publish(self, rows: list[Outgoing]) -> None:
         generation = self.generation
         outcomes = await self.publish(rows)
-        self.works("publish")
+        self.troubles.works("publish")
         if generation != self.generation:
             return
         if outcomes.count(SENT) == len(outcomes):
@@ -386,12 +340,12 @@ class Flow:
             self.retrying.fails(by_kind["retry"], list(self._publishing))
             await self._failed(failed, generation)
         if generation == self.generation:
-            self._next_in_lanes(by_kind["reject"])
+            self._publish_next(by_kind["reject"])
 
     def _read_again(self, rows: Sequence[Outgoing]) -> None:
         """Not to be sent now. Nothing overtakes them: all that was handed over is answered before the next read."""
         if rows:
-            rows = [*rows, *self._lanes_of(rows)]
+            rows = [*rows, *self._lanes.take_behind(rows)]
             for row in rows:
                 if (key := key_of(row)) is not None:
                     self._dropped[key] = min(row.position, self._dropped.get(key, row.position))
@@ -411,7 +365,7 @@ class Flow:
         again = {row.position for row, outcome in failed if outcome.kind == "retry" and self._follows_dropped(row)}
         self._read_again([row for row, _ in failed if row.position in again])
         failed = [(row, o) for row, o in failed if row.position not in again]
-        waiting = self._lanes_of([row for row, o in failed if o.kind == "retry"])
+        waiting = self._lanes.take_behind([row for row, o in failed if o.kind == "retry"])
         rows = [*(row for row, _ in failed), *waiting]
         if rows:
             await self.guarded(self.retrying.failed(failed, waiting), rows, generation)
@@ -430,9 +384,9 @@ class Flow:
         except StoreUnavailable as error:
             log.error("cannot store the fate of %d messages, they are read again: %s", len(rows), error)
             self.forget("the database cannot be written")
-            self.rest("park", error)
+            self.troubles.rest("park", error)
         else:
-            self.works("park")
+            self.troubles.works("park")
             if generation == self.generation:
                 self.drop(rows)
 
@@ -441,28 +395,12 @@ class Flow:
             self.counts.sent += len(rows)
             self._acked += rows
             self._to_settle.set()
-            self._next_in_lanes(rows)
+            self._publish_next(rows)
 
-    def _next_in_lanes(self, rows: Sequence[Outgoing]) -> None:
-        if not self._lanes:
-            return
-        following = []
-        for row in rows:
-            if (key := key_of(row)) is not None and (lane := self._lanes.get(key)) is not None:
-                if lane:
-                    following.append(lane.popleft())
-                else:
-                    del self._lanes[key]
-        if following:
+    def _publish_next(self, rows: Sequence[Outgoing]) -> None:
+        """These are done; what waited for them goes."""
+        if following := self._lanes.next_after(rows):
             self._spawn(self._publish(following))
-
-    def _lanes_of(self, rows: Sequence[Outgoing]) -> list[Outgoing]:
-        """What waits in memory behind these, taken out of there."""
-        waiting: list[Outgoing] = []
-        for row in rows:
-            if (key := key_of(row)) is not None:
-                waiting += self._lanes.pop(key, ())
-        return waiting
 
     # ------------------------------------------------------------ settling
 
@@ -482,8 +420,8 @@ class Flow:
                         "cannot settle %d messages, they will be sent again: %s", len(rows), error, exc_info=unforeseen
                     )
                     self.forget("the database cannot be written")
-                    self.rest("settle", error)
+                    self.troubles.rest("settle", error)
                     continue
-                self.works("settle")
+                self.troubles.works("settle")
                 if generation == self.generation:
                     self.drop(rows)

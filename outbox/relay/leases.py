@@ -19,9 +19,10 @@ import sqlalchemy as sa
 
 from outbox._message import BUCKETS, new_id
 from outbox._version import __version__
+from outbox.dialects import UtcDateTime, clock
 from outbox.errors import LeaseLost
 from outbox.store import Store
-from outbox.tables import Tables, UtcDateTime, clock
+from outbox.tables import Tables
 
 T = TypeVar("T")
 

@@ -17,8 +17,9 @@ import sqlalchemy as sa
 from outbox import encoding, wire
 from outbox._message import Outgoing, message_id
 from outbox.dead_letters.record import Failure, write_relay
+from outbox.dialects import clock
 from outbox.errors import DecodingError
-from outbox.tables import BODY, Tables, clock
+from outbox.tables import BODY, Tables
 
 ParkedKey = tuple[int, str, str]
 """(bucket, topic, key). The bucket follows from the key; it is named because it says whose the key is."""

@@ -221,11 +221,11 @@ class Retrying:
             self.unload()
         except StoreUnavailable as error:
             log.error("cannot store the fate of a parked message, it is tried again: %s", error)
-            flow.rest("try", error)
+            flow.troubles.rest("try", error)
             self.unload()
         except Exception as error:
             log.exception("trying a parked message failed in an unforeseen way; it is tried again")
-            flow.rest("try", error)
+            flow.troubles.rest("try", error)
             self.unload()
 
     async def _try_key(self, head: Due) -> None:
@@ -267,7 +267,7 @@ class Retrying:
         tables, fence = flow.store.tables, flow.leases.fence
         async with self._lock:
             parked = await flow.store.run(lambda c: parking.sent(c, tables, fence, rows))
-            flow.works("try")
+            flow.troubles.works("try")
             flow.counts.sent += len(rows)
             if not parked and (key := key_of(rows[0])) is not None:
                 self.keys.discard(key)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from outbox.tables import BODY, Tables, clock
+from outbox.dialects import clock
+from outbox.tables import BODY, Tables
 
 
 def move_due(connection: sa.Connection, tables: Tables, limit: int) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from outbox import Message
-from outbox.tables import BODY, clock
+from outbox.dialects import clock
+from outbox.tables import BODY
 from tests.cli.conftest import Shop
 
 

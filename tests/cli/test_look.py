@@ -9,7 +9,7 @@ import uuid
 import pytest
 import sqlalchemy as sa
 
-from outbox.tables import clock
+from outbox.dialects import clock
 from tests.cli.command import Done, outbox, quick
 from tests.cli.conftest import Shop
 from tests.cli.states import add, age, bury, park, relay

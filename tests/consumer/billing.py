@@ -19,8 +19,8 @@ from outbox._message import Outgoing, bucket_of, new_id
 from outbox.backoff import Backoff
 from outbox.consumer import Consumer, Retries
 from outbox.dead_letters import DeadLetter, DeadLetters
+from outbox.dialects import clock
 from outbox.stores.engine import sync_engine_for
-from outbox.tables import clock
 from outbox.transport import Transport
 from outbox.transports import open_transport
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from outbox import Consumer, Message
 from outbox.consumer import Retries
 from outbox.dead_letters.record import now
-from outbox.tables import clock
+from outbox.dialects import clock
 from outbox.transports import open_transport
 from tests.consumer.billing import QUICKLY, Billing, Charge, OrderPlaced, charge, placed, running, until, until_finished
 from tests.consumer.wrapped import WrappedTransport

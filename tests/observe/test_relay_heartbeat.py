@@ -7,10 +7,10 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from outbox import Outbox
+from outbox.dialects import clock
 from outbox.observe.status import Status, status
 from outbox.relay.leases import Leases
 from outbox.stores import open_store
-from outbox.tables import clock
 
 
 async def test_the_lease_time_of_a_relay_is_read_out_of_its_renewal(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 import sqlalchemy as sa
 
 from outbox.dead_letters.record import Failure
+from outbox.dialects import clock
 from outbox.errors import LeaseLost, StoreUnavailable
 from outbox.relay import Limits, Relay, parking
 from outbox.relay.leases import Leases
 from outbox.stores import open_store
-from outbox.tables import clock
 from outbox.transport import Outcome
 from tests.relay.database import Database
 from tests.relay.faulty import faulty_stores

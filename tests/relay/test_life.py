@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from outbox import ConfigurationError, Outbox, SchemaMismatch, StoreUnavailable, Unavailable
+from outbox.dialects import clock
 from outbox.relay import Relay, _relay, leases
 from outbox.stores.engine import sync_engine_for
-from outbox.tables import clock
 from outbox.transport import Outcome
 from tests.relay.database import Database, row
 from tests.relay.faulty import faulty_stores, gone

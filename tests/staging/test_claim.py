@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from outbox import ConfigurationError, EncodingError
-from outbox.tables import clock
+from outbox.dialects import clock
 from tests.services.waiting import wait_until
 from tests.staging.shop import Shop, outbox, place, tell
 

@@ -16,7 +16,8 @@ from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from outbox import ConfigurationError, Outbox
-from outbox.tables import SCHEMA_VERSION, Tables, clock, insert_if_absent
+from outbox.dialects import clock, insert_if_absent
+from outbox.tables import SCHEMA_VERSION, Tables
 
 NAMES = {
     *("message", "scheduled", "parked", "dead_letter", "audit", "inbox", "attempt", "sent", "lease", "relay"),
