@@ -224,6 +224,8 @@ class Outbox:
         if not isinstance(consumer, str) or not 0 < len(consumer) <= CONSUMER_LENGTH or "\x00" in consumer:
             raise ConfigurationError(f"consumer {consumer!r}: a name of 1 to {CONSUMER_LENGTH} characters")
         id = _message_id(message_id)
+        if not isinstance(cycle, int) or cycle < 0:
+            raise TypeError(f"claim: cycle={cycle!r}; it is the number in the header outbox-cycle, 0 without one")
         inbox = self.tables.inbox
         connection = _connection(target, inbox, bind_arguments)
         if cycle:

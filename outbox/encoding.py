@@ -31,9 +31,9 @@ class Codec(Protocol):
 class JsonCodec:
     """JSON as this library promises it: ``datetime`` ISO 8601, ``Decimal`` and ``UUID`` as strings, ``Enum`` by value,
     ``bytes`` base64, dataclasses, attrs and msgspec objects by their fields, pydantic models by pydantic's own rules and
-    under their aliases, so that what is written can be read back. NaN and infinities, which JSON does not have, become
-    ``null``. Read as no type in particular, ``application/octet-stream`` is bytes, and ``text/…`` is str, as it is read as
-    str.
+    under their aliases, so that what is written can be read back. NaN and infinities, which JSON does not have, are
+    refused (in a pydantic model they are ``null``). Read as no type in particular, ``application/octet-stream`` is
+    bytes, and ``text/…`` is str, as it is read as str.
     """
 
     def encode(self, payload: Any, topic: str) -> tuple[bytes, str]:
@@ -76,7 +76,11 @@ def _load() -> Callable[[Any], bytes]:
 def _refuse_what_is_not_finite(payload: Any) -> None:
     import msgspec
 
-    waiting = [msgspec.to_builtins(payload, enc_hook=_foreign)]
+    def foreign(value: Any) -> Any:
+        # pydantic has rules of its own for these numbers, and Raw is JSON already
+        return None if hasattr(value, "model_dump") or isinstance(value, msgspec.Raw) else _foreign(value)
+
+    waiting = [msgspec.to_builtins(payload, enc_hook=foreign)]
     while waiting:
         value = waiting.pop()
         if isinstance(value, float):

@@ -16,6 +16,7 @@ from outbox.consumer.lanes import Lane, Lanes
 from outbox.consumer.processing import Database, Next, Processing, Wait
 from outbox.consumer.state import State
 from outbox.consumer.transactions import Transactions
+from outbox.dead_letters.exception_text import stack_of
 from outbox.errors import TransportError, Unavailable
 from outbox.transport import Delivery, Subscription, Transport
 
@@ -238,9 +239,10 @@ class Runtime:
         except asyncio.CancelledError:
             self._let_go(lane, incoming)
             raise
-        except Exception:
-            # Not the handler's: nothing is lost, its key waits, the others go on.
-            log.exception("message %s of %s could not be processed", incoming.message.id, incoming.message.topic)
+        except Exception as error:
+            # Not the handler's: nothing is lost, its key waits, the others go on. Without what SQL errors quote.
+            message = incoming.message
+            log.error("message %s of %s could not be processed:\n%s", message.id, message.topic, stack_of(error))
             incoming.defects += 1
             outcome = Wait(DEFECT.delay(incoming.defects))
         if outcome is Next.DONE:

@@ -16,6 +16,7 @@ from typing import Any
 
 from outbox._message import Outgoing
 from outbox.backoff import Backoff
+from outbox.dead_letters.exception_text import stack_of
 from outbox.errors import ConfigurationError, LeaseLost, StoreUnavailable
 from outbox.relay.circuit import EVERYTHING, Circuits
 from outbox.relay.lanes import Lanes
@@ -168,8 +169,8 @@ class Flow:
                     pause = await self._step(pause, stopping)
                 except ConfigurationError:
                     raise
-                except Exception:
-                    log.exception("reading failed in an unforeseen way; it is tried again")
+                except Exception as error:
+                    log.error("reading failed in an unforeseen way; it is tried again:\n%s", stack_of(error))
                     self.forget("an unforeseen error")
                     pause = min(max(pause * 2, 0.1), 5.0)
                 if pause:
@@ -311,7 +312,7 @@ class Flow:
         self._publishing.pop(task, None)
         self._progress.set()
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("publishing failed in an unforeseen way; what was in flight is read again", exc_info=error)
+            log.error("publishing failed in an unforeseen way; what was in flight is read again:\n%s", stack_of(error))
             self.forget("an unforeseen error")
             self.troubles.rest("publish", error)
 
@@ -324,11 +325,11 @@ class Flow:
     async def _publish(self, rows: list[Outgoing]) -> None:
         generation = self.generation
         outcomes = await self.publish(rows)
-        self.troubles.works("publish")
         if generation != self.generation:
             return
         if outcomes.count(SENT) == len(outcomes):
             self._sent(rows)
+            self.troubles.works("publish")
             return
         by_kind: dict[str, list[Outgoing]] = {"sent": [], "retry": [], "reject": [], "unavailable": []}
         for row, outcome in zip(rows, outcomes, strict=True):
@@ -341,6 +342,7 @@ class Flow:
             await self._failed(failed, generation)
         if generation == self.generation:
             self._publish_next(by_kind["reject"])
+        self.troubles.works("publish")
 
     def _read_again(self, rows: Sequence[Outgoing]) -> None:
         """Not to be sent now. Nothing overtakes them: all that was handed over is answered before the next read."""

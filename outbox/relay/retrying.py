@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from outbox._message import Outgoing
+from outbox.dead_letters.exception_text import stack_of
 from outbox.dead_letters.record import Failure
 from outbox.errors import LeaseLost, StoreUnavailable
 from outbox.relay import parking
@@ -224,7 +225,7 @@ class Retrying:
             flow.troubles.rest("try", error)
             self.unload()
         except Exception as error:
-            log.exception("trying a parked message failed in an unforeseen way; it is tried again")
+            log.error("trying a parked message failed in an unforeseen way; it is tried again:\n%s", stack_of(error))
             flow.troubles.rest("try", error)
             self.unload()
 

@@ -9,11 +9,13 @@ from typing import Final
 from outbox.backoff import Backoff
 
 REST: Final = Backoff(first=0.2, factor=2.0, most=5.0)  # seconds, after the fate of messages could not be stored
+OVER: Final = 30.0  # seconds without a failure: the next one is a new trouble
 
 
 @dataclass(slots=True)
 class _Trouble:
     since: float  # monotonic seconds
+    last: float
     failures: int  # in a row
     error: BaseException
 
@@ -27,9 +29,12 @@ class Troubles:
 
     def fails(self, what: str, error: BaseException) -> int:
         """Note that this failed; returns how often in a row."""
-        known = self._known.setdefault(what, _Trouble(time.monotonic(), 0, error))
+        now = time.monotonic()
+        known = self._known.get(what)
+        if known is None or now - known.last > OVER:
+            known = self._known[what] = _Trouble(now, now, 0, error)
+        known.last, known.error = now, error
         known.failures += 1
-        known.error = error
         return known.failures
 
     def works(self, what: str) -> None:
@@ -38,9 +43,10 @@ class Troubles:
             self._known.pop(what, None)
 
     def lasting(self, seconds: float) -> BaseException | None:
-        """The error of what has not worked for so long."""
+        """The error of what has failed for so long, and failed again not longer ago than that."""
         now = time.monotonic()
-        return next((trouble.error for trouble in self._known.values() if now - trouble.since > seconds), None)
+        lasting = (t for t in self._known.values() if now - t.since > seconds > now - t.last and t.failures > 1)
+        return next((trouble.error for trouble in lasting), None)
 
     def rest(self, after: str, error: BaseException) -> None:
         """The fate of messages could not be stored: pause, longer each time, instead of sending them again and again."""

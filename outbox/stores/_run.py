@@ -32,16 +32,13 @@ class Runner:
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="outbox-store")
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
-        """Run ``work`` in a transaction and commit. Raises `StoreUnavailable` for what is the database's fault."""
+        """Run ``work`` in a transaction and commit. Raises `StoreUnavailable` for whatever the database refuses: what the
+        driver says itself quotes rows and parameters, which no log may show."""
         try:
             if isinstance(self.engine, sa.Engine):
                 return await self._in_thread(self._in_transaction, work)
             async with self.engine.begin() as connection:
                 return await connection.run_sync(work)
-        except (sa.exc.IntegrityError, sa.exc.DataError) as error:
-            if error.connection_invalidated:
-                raise unavailable(self.engine, error) from error
-            raise  # not its fault, but the statement's
         except (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError) as error:
             raise unavailable(self.engine, error) from error
 

@@ -88,6 +88,7 @@ class LocalLog:
         self._stopped = threading.Event()
         self._db: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None
+        self._opened = False  # once: then what is wrong with the file may pass
         self._ids: dict[TopicPartition, int] = {}
 
     async def run(self, work: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
@@ -116,7 +117,8 @@ class LocalLog:
             log.warning("local: %s was removed or replaced; what the former file holds is not read any more", self.path)
         self._forget()  # what is stored in the old one, no one would find
         if not self.path.parent.is_dir():
-            raise ConfigurationError(f"local: the folder {self.path.parent} does not exist; make it first")
+            wrong = Unavailable if self._opened else ConfigurationError
+            raise wrong(f"local: the folder {self.path.parent} does not exist; make it first")
         # timeout=0: waiting for a lock is ours to do, because SQLite's own cannot be interrupted.
         db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
         self._db = db
@@ -125,6 +127,7 @@ class LocalLog:
             db.execute("PRAGMA synchronous = FULL")
             self._patiently(lambda: self._transaction("IMMEDIATE", self._make))
             self._file = _identity(self.path)
+            self._opened = True
         except BaseException:
             self._db = None
             db.close()
@@ -307,15 +310,16 @@ class LocalLog:
         code = _code(error)
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return Unavailable(f"local: {self.path} has been locked by another process for {self._busy:g} s")
+        wrong = Unavailable if self._opened else ConfigurationError
         if code == sqlite3.SQLITE_READONLY:
-            return ConfigurationError(
+            return wrong(
                 f"local: {self.path} is read-only for this user, and the log is written to: make it writable, its folder "
                 f"and the files {self.path.name}-wal and {self.path.name}-shm too"
             )
         if code == sqlite3.SQLITE_CANTOPEN:
-            return ConfigurationError(f"local: {self.path} cannot be opened: this user may not, or it is no file")
+            return wrong(f"local: {self.path} cannot be opened: this user may not, or it is no file")
         if code == sqlite3.SQLITE_NOTADB:
-            return ConfigurationError(f"local: {self.path} is no SQLite file; give the log its own file")
+            return wrong(f"local: {self.path} is no SQLite file; give the log its own file")
         return Unavailable(f"local: {self.path} cannot be used: {error}")
 
     async def close(self, *, abort: bool = False) -> None:

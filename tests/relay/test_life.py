@@ -138,6 +138,20 @@ async def test_a_drain_ends_where_the_database_answers_and_refuses(
     assert database.count() == (0 if what == "look" else 1)
 
 
+async def test_a_database_that_refuses_a_dead_letter_ends_the_drain_and_leaks_nothing(
+    on_postgresql: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_relay, "PATIENCE", 1.0)
+    table = on_postgresql.tables.dead_letter.fullname
+    with on_postgresql.engine.begin() as connection:
+        connection.exec_driver_sql(f"alter table {table} add constraint never check (attempts < 0)")
+    on_postgresql.add("k", payload=b"PAYLOAD")
+    with pytest.raises(StoreUnavailable, match="never"):
+        await asyncio.wait_for(relay(on_postgresql, Scripted(lambda row, tries: Outcome.reject("no"))).adrain(), 15)
+    assert on_postgresql.count() == 1
+    assert "PAYLOAD" not in caplog.text
+
+
 def test_a_drain_needs_no_event_loop(on_sqlite: Database) -> None:
     on_sqlite.add("k")
     found = Relay(on_sqlite.outbox, database=on_sqlite.url, transport="memory://drained")

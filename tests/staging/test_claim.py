@@ -50,6 +50,13 @@ def test_ids_of_foreign_producers_are_claimed_by_their_text(shop: Shop, id: str)
         assert outbox.claim(session, "billing", id + " another")
 
 
+@pytest.mark.parametrize("cycle", [-1, 1.5, "1"])
+def test_a_cycle_that_is_none_is_refused(shop: Shop, cycle: Any) -> None:
+    """It would be answered with: done already."""
+    with Session(shop.engine) as session, pytest.raises(TypeError, match="outbox-cycle"):
+        outbox.claim(session, "billing", "id", cycle=cycle)
+
+
 def test_a_replay_is_claimed_once(shop: Shop) -> None:
     id = uuid.uuid4()
     inbox = outbox.tables.inbox

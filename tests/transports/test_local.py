@@ -331,6 +331,19 @@ async def test_a_file_that_was_replaced_is_the_one_that_is_written_to(log: Trans
     await other.close()
 
 
+async def test_a_file_that_cannot_be_opened_for_a_while_is_no_mistake(log: Transport, path: Path) -> None:
+    """It was opened before; so whoever reads it waits."""
+    await log.publish([message("t", "k")])
+    subscription = await log.subscribe(["t"], "g", window=100)
+    for file in path.parent.glob("log.db*"):
+        file.unlink()
+    await asyncio.to_thread(path.mkdir)
+    with pytest.raises(Unavailable, match="cannot be opened"):
+        await subscription.fetch(10, 0.2)
+    await asyncio.to_thread(path.rmdir)
+    await subscription.fetch(10, 0.2)
+
+
 async def test_a_reader_outlives_the_replacement_of_its_file(
     log: Transport, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -181,6 +181,17 @@ def test_a_number_that_json_does_not_have_is_refused_and_not_made_null(payload: 
         encode(payload, "t", None, DEFAULT)
 
 
+class Chosen(pydantic.BaseModel, ser_json_inf_nan="strings"):
+    price: float
+    note: str | None = None
+
+
+def test_what_is_json_already_and_what_pydantic_decides_is_left_alone() -> None:
+    payload = {"body": msgspec.Raw(b'{"a":null}'), "note": None}
+    assert encode(payload, "t", None, DEFAULT)[0] == b'{"body":{"a":null},"note":null}'
+    encode(Chosen(price=math.nan), "t", None, DEFAULT)
+
+
 def test_null_is_no_number() -> None:
     assert encode(Priced(None, ({"a": None}, "null", 1e308)), "t", None, DEFAULT)[0] == (
         b'{"price":null,"parts":[{"a":null},"null",1e308]}'
