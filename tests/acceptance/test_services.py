@@ -10,18 +10,20 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil  # type: ignore[import-untyped]
 import psycopg
+import pymysql
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from tests.services import POSTGRESQL, PostgresqlServer, Server
+from tests.services import MARIADB, POSTGRESQL, MariadbServer, PostgresqlServer, Server
 from tests.services.waiting import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -97,6 +99,80 @@ def test_a_paused_server_is_silent_until_it_resumes(killable_postgresql: Postgre
     POSTGRESQL.ping(killable_postgresql.url)
 
 
+def test_mariadb_gives_each_test_an_empty_database(mariadb: MariadbServer, mariadb_url: str) -> None:
+    with _mariadb(mariadb_url) as cursor:
+        assert cursor.execute("SHOW TABLES") == 0
+    other = mariadb.create_database()
+    assert other != mariadb_url
+    mariadb.drop_database(other)
+
+
+def test_mariadb_is_set_up_for_a_row_binlog(mariadb_url: str) -> None:
+    with _mariadb(mariadb_url) as cursor:
+        cursor.execute("SELECT @@log_bin, @@binlog_format, @@binlog_row_image, @@binlog_row_metadata")
+        assert cursor.fetchone() == (1, "ROW", "FULL", "FULL")
+
+
+def test_a_mariadb_database_copied_from_a_template_has_its_tables_and_rows(
+    mariadb: MariadbServer, mariadb_url: str
+) -> None:
+    with _mariadb(mariadb_url) as cursor:
+        cursor.execute("CREATE TABLE tree (id int PRIMARY KEY AUTO_INCREMENT, name text)")
+        cursor.execute("CREATE TABLE fruit (tree int, FOREIGN KEY (tree) REFERENCES tree (id))")
+        cursor.execute("INSERT INTO tree (id, name) VALUES (41, 'apple')")
+        cursor.execute("INSERT INTO fruit VALUES (41)")
+    copy = mariadb.create_database(template=mariadb_url)
+    with _mariadb(copy) as cursor:
+        cursor.execute("INSERT INTO tree (name) VALUES ('pear')")
+        cursor.execute("SELECT id, name FROM tree ORDER BY id")
+        assert cursor.fetchall() == ((41, "apple"), (42, "pear"))
+        with pytest.raises(pymysql.IntegrityError):
+            cursor.execute("INSERT INTO fruit VALUES (43)")
+    mariadb.drop_database(copy)
+
+
+def test_a_mariadb_database_is_dropped_whatever_a_test_left_in_it(mariadb: MariadbServer) -> None:
+    url = mariadb.create_database()
+    with _mariadb(url) as gone:
+        gone.execute("CREATE TABLE fruit (id int PRIMARY KEY)")
+        gone.execute("XA START 'left'")
+        gone.execute("INSERT INTO fruit VALUES (1)")
+        gone.execute("XA END 'left'")
+        gone.execute("XA PREPARE 'left'")
+    with _mariadb(url) as left_open:
+        left_open.execute("BEGIN")
+        left_open.execute("INSERT INTO fruit VALUES (2)")
+        mariadb.drop_database(url)
+        with pytest.raises(pymysql.OperationalError):
+            left_open.execute("SELECT 1")
+
+
+def test_mariadb_killed_and_restarted_has_its_port_and_its_data(killable_mariadb: MariadbServer) -> None:
+    server = killable_mariadb
+    url = server.create_database()
+    with _mariadb(url) as cursor:
+        cursor.execute("CREATE TABLE fruit AS SELECT 'apple' AS name")
+        cursor.execute("INSERT INTO fruit VALUES ('pear')")
+
+    server.kill()
+    with pytest.raises(pymysql.OperationalError), _mariadb(url):
+        pass
+
+    server.restart()
+    with _mariadb(url) as cursor:
+        cursor.execute("SELECT name FROM fruit")
+        assert cursor.fetchall() == (("apple",), ("pear",))
+    server.drop_database(url)
+
+
+def test_a_paused_mariadb_is_silent_until_it_resumes(killable_mariadb: MariadbServer) -> None:
+    killable_mariadb.pause()
+    with pytest.raises(pymysql.OperationalError, match="timed out"):
+        MARIADB.ping(killable_mariadb.url)
+    killable_mariadb.resume()
+    MARIADB.ping(killable_mariadb.url)
+
+
 async def test_kafka_creates_no_topic_by_itself(kafka_url: str, topic_name: str) -> None:
     async with _admin(kafka_url) as admin:
         await admin.describe_topics([topic_name])
@@ -135,6 +211,8 @@ async def test_a_server_restarted_in_a_worker_thread_outlives_that_thread(
         ("postgresql", signal.SIGKILL),
         ("postgresql", signal.SIGTERM),
         ("postgresql", signal.SIGINT),
+        ("mariadb", signal.SIGKILL),
+        ("mariadb", signal.SIGINT),
         ("kafka", signal.SIGKILL),
     ],
 )
@@ -193,6 +271,24 @@ def test_make_services_leaves_servers_running_and_stops_them(tmp_path: Path) -> 
     assert run("status") == ""
     with pytest.raises(psycopg.OperationalError):
         POSTGRESQL.ping(url)
+
+
+@contextmanager
+def _mariadb(url: str) -> Iterator[Any]:
+    address = urlsplit(url)
+    connection = pymysql.connect(
+        host=address.hostname,
+        port=address.port,
+        user=address.username,
+        database=address.path.lstrip("/"),
+        autocommit=True,
+    )
+    try:
+        with connection.cursor() as cursor:
+            yield cursor
+    finally:
+        if connection.open:
+            connection.close()
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -9,18 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 from tests.services.kafka import Kafka
+from tests.services.mariadb import Mariadb, MariadbServer
 from tests.services.postgresql import Postgresql, PostgresqlServer
-from tests.services.service import NotOurs, Options, Server, Service, StartFailed, Unavailable
+from tests.services.service import DatabaseServer, NotOurs, Options, Server, Service, StartFailed, Unavailable
 
 POSTGRESQL = Postgresql()
+MARIADB = Mariadb()
 KAFKA = Kafka()
 
-SERVICES: dict[str, Service[Any]] = {service.name: service for service in (POSTGRESQL, KAFKA)}
+SERVICES: dict[str, Service[Any]] = {service.name: service for service in (POSTGRESQL, MARIADB, KAFKA)}
 
 __all__ = [
     "KAFKA",
+    "MARIADB",
     "POSTGRESQL",
     "SERVICES",
+    "DatabaseServer",
+    "MariadbServer",
     "NotOurs",
     "Options",
     "PostgresqlServer",

@@ -14,7 +14,18 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.services import KAFKA, POSTGRESQL, SERVICES, PostgresqlServer, Server, Service, Unavailable
+from tests.services import (
+    KAFKA,
+    MARIADB,
+    POSTGRESQL,
+    SERVICES,
+    DatabaseServer,
+    MariadbServer,
+    PostgresqlServer,
+    Server,
+    Service,
+    Unavailable,
+)
 
 ServerT = TypeVar("ServerT", bound=Server)
 
@@ -125,6 +136,14 @@ def own_servers(pytestconfig: pytest.Config) -> Iterator[OwnServers]:
     servers.close()
 
 
+def _fresh_database(server: DatabaseServer) -> Iterator[str]:
+    url = server.create_database()
+    yield url
+    if server.ours:
+        server.recover()  # the test may have killed it, and the fixture to kill it may be torn down later
+    server.drop_database(url)
+
+
 @pytest.fixture(scope="session")
 def postgresql(pytestconfig: pytest.Config) -> Iterator[PostgresqlServer]:
     """A running PostgreSQL, shared by the session. Tests that kill it take `killable_postgresql`."""
@@ -134,11 +153,7 @@ def postgresql(pytestconfig: pytest.Config) -> Iterator[PostgresqlServer]:
 @pytest.fixture
 def postgresql_url(postgresql: PostgresqlServer) -> Iterator[str]:
     """The URL (`postgresql://user@host:port/name`) of a fresh, empty database, dropped after the test."""
-    url = postgresql.create_database()
-    yield url
-    if postgresql.ours:
-        postgresql.recover()  # the test may have killed it, and `killable_postgresql` may be torn down later
-    postgresql.drop_database(url)
+    yield from _fresh_database(postgresql)
 
 
 @pytest.fixture
@@ -148,6 +163,27 @@ def killable_postgresql(own_servers: OwnServers, postgresql: PostgresqlServer) -
     Not always the server of `postgresql_url`: a database comes from its `create_database()`.
     """
     yield from own_servers.lend(POSTGRESQL, postgresql)
+
+
+@pytest.fixture(scope="session")
+def mariadb(pytestconfig: pytest.Config) -> Iterator[MariadbServer]:
+    """A running MariaDB, shared by the session. Tests that kill it take `killable_mariadb`."""
+    yield from _session(pytestconfig, MARIADB)
+
+
+@pytest.fixture
+def mariadb_url(mariadb: MariadbServer) -> Iterator[str]:
+    """The URL (`mysql://user@host:port/name`) of a fresh, empty database, dropped after the test."""
+    yield from _fresh_database(mariadb)
+
+
+@pytest.fixture
+def killable_mariadb(own_servers: OwnServers, mariadb: MariadbServer) -> Iterator[MariadbServer]:
+    """A MariaDB that the test may stop, kill, pause and restart; it answers again after the test.
+
+    Not always the server of `mariadb_url`: a database comes from its `create_database()`.
+    """
+    yield from own_servers.lend(MARIADB, mariadb)
 
 
 @pytest.fixture(scope="session")

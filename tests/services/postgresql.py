@@ -15,7 +15,7 @@ from psycopg import sql
 from tests.services.container import Container, require_image
 from tests.services.install import debian_packages, package_exists
 from tests.services.process import LocalProcess, free_port, new_folder, run_as
-from tests.services.service import Control, Options, Server, Service, Unavailable
+from tests.services.service import Control, DatabaseServer, Options, Service, Unavailable
 
 IMAGE = "postgres:15"
 PACKAGE = "postgresql-15"
@@ -33,7 +33,7 @@ SETTINGS = {
 UNSAFE_AND_QUICK = {"fsync": "off", "full_page_writes": "off"}
 
 
-class PostgresqlServer(Server):
+class PostgresqlServer(DatabaseServer):
     """A running PostgreSQL; `url` is that of its maintenance database, with a superuser."""
 
     def create_database(self, template: str | None = None) -> str:

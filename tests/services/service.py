@@ -179,6 +179,18 @@ class Server:
         return f"{self.service.name} at {self.url} {what}. Its log:\n{self.control.log() or '(empty)'}"
 
 
+class DatabaseServer(Server, ABC):
+    """A database server that gives each test a database of its own."""
+
+    @abstractmethod
+    def create_database(self, template: str | None = None) -> str:
+        """Create a database with a unique name and return its URL: empty, or a copy of the one at `template`."""
+
+    @abstractmethod
+    def drop_database(self, url: str) -> None:
+        """Drop the database at `url`, with whatever a test left in it, open sessions included."""
+
+
 ServerT = TypeVar("ServerT", bound=Server)
 
 

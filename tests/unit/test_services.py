@@ -131,7 +131,7 @@ def test_a_server_given_by_its_url_is_not_ended(obtained: Obtained, monkeypatch:
 
 def test_every_service_is_registered_under_its_name() -> None:
     assert all(name == service.name for name, service in SERVICES.items())
-    assert {"postgresql", "kafka"} <= set(SERVICES)
+    assert {"postgresql", "mariadb", "kafka"} <= set(SERVICES)
 
 
 # --- Power over a server
