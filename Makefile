@@ -73,6 +73,16 @@ test: $(VENV)/.dev ## Run all tests, on SQLAlchemy 2.1 and the core's on 2.0; st
 test-sa20: $(VENV_SA20)/.dev ## Run the tests of the core on SQLAlchemy 2.0
 	$(VENV_SA20)/bin/pytest $(PARALLEL) $(wildcard tests/unit tests/staging) $(ARGS)
 
+# What holds on the databases of `make test` holds on the oldest and the newest.
+MATRIX := $(wildcard tests/stores tests/staging tests/migrations tests/relay tests/consumer)
+
+.PHONY: test-matrix
+test-matrix: $(VENV)/.dev ## Run what touches databases on PostgreSQL 14, on PostgreSQL 18 and on MySQL 9
+	OUTBOX_TEST_POSTGRESQL_URL= OUTBOX_TEST_POSTGRESQL_VERSION=14 \
+		$(BIN)/pytest $(PARALLEL) --on=postgresql $(MATRIX) $(ARGS)
+	OUTBOX_TEST_POSTGRESQL_URL= OUTBOX_TEST_POSTGRESQL_VERSION=18 OUTBOX_TEST_MARIADB=mysql \
+		$(BIN)/pytest $(PARALLEL) --on=postgresql,mariadb $(MATRIX) $(ARGS)
+
 .PHONY: unit
 unit: $(VENV)/.dev ## Run the tests that need no server
 	$(BIN)/pytest tests/unit $(ARGS)

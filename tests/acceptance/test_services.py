@@ -24,6 +24,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from tests.services import MARIADB, POSTGRESQL, MariadbServer, PostgresqlServer, Server
+from tests.services.postgresql import Postgresql
 from tests.services.waiting import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -51,6 +52,12 @@ def test_postgresql_is_set_up_for_logical_replication_and_prepared_transactions(
     with psycopg.connect(postgresql_url) as connection:
         assert connection.execute("SHOW wal_level").fetchone() == ("logical",)
         assert connection.execute("SHOW max_prepared_transactions").fetchone() != ("0",)
+
+
+def test_a_server_of_another_release_than_was_asked_for_is_refused(postgresql: PostgresqlServer) -> None:
+    other = "14" if POSTGRESQL.version == "18" else "18"
+    with pytest.raises(ConnectionError, match=f"PostgreSQL {other} is asked for, and that one is "):
+        Postgresql(other).ping(postgresql.url)
 
 
 def test_a_database_copied_from_a_template_has_its_tables(postgresql: PostgresqlServer, postgresql_url: str) -> None:

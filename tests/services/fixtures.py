@@ -35,6 +35,27 @@ MISSING = pytest.StashKey[dict[str, str]]()
 TO_START = pytest.StashKey[set[str]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--on",
+        metavar="NAMES",
+        help="only tests on these servers (as in --on=postgresql,mariadb): whose id or fixtures have one of the names",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--on")
+    if wanted is None:
+        return
+    chosen: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        known = " ".join([item.nodeid, *getattr(item, "fixturenames", ())])
+        (chosen if any(name in known for name in wanted.split(",")) else others).append(item)
+    items[:] = chosen
+    config.hook.pytest_deselected(items=others)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[MISSING] = {}
     config.stash[TO_START] = set(SERVICES)

@@ -30,7 +30,17 @@ CREATECLUSTER = Path("/etc/postgresql-common/createcluster.d/pyoutbox-tests.conf
 
 def cache_folder() -> Path:
     """Where downloads are kept between runs, one folder per user."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return _made(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+
+
+def programs_folder() -> Path:
+    """The same for programs, which another user runs where we are root: to him, root's own folder is closed."""
+    if os.geteuid() == 0 and not os.environ.get("XDG_CACHE_HOME"):
+        return _made("/var/cache")
+    return cache_folder()
+
+
+def _made(base: str) -> Path:
     folder = Path(base).expanduser() / "pyoutbox-services"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -39,21 +49,21 @@ def cache_folder() -> Path:
 def debian_packages(packages: Sequence[str], *, purpose: str) -> None:
     """Install Debian packages; raise Unavailable where that is forbidden, impossible or fails."""
     wanted = " ".join(packages)
-    _require_permission(f"{purpose} is not installed (Debian: apt install {wanted})")
-    if not _root_on_debian():
+    require_permission(f"{purpose} is not installed (Debian: apt install {wanted})")
+    if not root_on_debian():
         raise Unavailable(f"{purpose} is not installed, and only root on Debian or Ubuntu installs it ({wanted})")
-    with _locked():
+    with locked():
         print(f"installing {wanted} with apt-get, for {purpose}", file=sys.stderr)
         _update_package_lists()
         with _no_cluster_created():
-            _apt_get("install", "-y", "--no-install-recommends", *packages)
+            apt_get("install", "-y", "--no-install-recommends", *packages)
 
 
 def package_exists(package: str) -> bool:
     """Whether Debian's lists, brought up to date first, have the package. For the same callers as above."""
-    if not _root_on_debian() or os.environ.get(PERMISSION) == "0":
+    if not root_on_debian() or os.environ.get(PERMISSION) == "0":
         return False
-    with _locked():
+    with locked():
         _update_package_lists()
     result = subprocess.run(["apt-cache", "show", package], capture_output=True)
     return result.returncode == 0
@@ -68,21 +78,21 @@ def jars(name: str, pom: str) -> Path:
     folder = cache_folder() / name
     if folder.is_dir():
         return folder
-    if os.environ.get(PERMISSION) != "1" and not _root_on_debian():
+    if os.environ.get(PERMISSION) != "1" and not root_on_debian():
         raise Unavailable(
             f"{name} is not in {cache_folder()}, and only root on Debian or Ubuntu fetches it by itself "
             f"(set {PERMISSION}=1 to have Maven fetch it)"
         )
-    _require_permission(f"{name} is not in {cache_folder()}")
+    require_permission(f"{name} is not in {cache_folder()}")
     if shutil.which("mvn") is None:
         debian_packages(["maven"], purpose="Maven")
-    with _locked():
+    with locked():
         if folder.is_dir():  # another run fetched it while we waited for the lock
             return folder
         print(f"fetching {name} from Maven Central into {folder}", file=sys.stderr)
         with tempfile.TemporaryDirectory(prefix=f"{name}-", suffix=".part", dir=cache_folder()) as part:
             (Path(part) / "pom.xml").write_text(pom)
-            _run(["mvn", "-q", "-B", "dependency:copy-dependencies", "-DoutputDirectory=libs"], cwd=Path(part))
+            run(["mvn", "-q", "-B", "dependency:copy-dependencies", "-DoutputDirectory=libs"], cwd=Path(part))
             # Only a whole download gets the name.
             (Path(part) / "libs").rename(folder)
     return folder
@@ -113,12 +123,14 @@ def _java(minimum: int) -> str | None:
     return None
 
 
-def _require_permission(missing: str) -> None:
+def require_permission(missing: str) -> None:
+    """Raise Unavailable where installing is forbidden; `missing` says what for."""
     if os.environ.get(PERMISSION) == "0":
         raise Unavailable(f"{missing}, and {PERMISSION}=0 forbids installing it")
 
 
-def _root_on_debian() -> bool:
+def root_on_debian() -> bool:
+    """Whether apt-get may be used: as root, on Debian or one of its children."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return False
     try:
@@ -129,9 +141,9 @@ def _root_on_debian() -> bool:
 
 
 @contextlib.contextmanager
-def _locked() -> Iterator[None]:
+def locked(name: str = "lock") -> Iterator[None]:
     """One installer at a time, for all runs of this user; the kernel frees the lock of a killed one."""
-    with (cache_folder() / "lock").open("w") as lock:
+    with (cache_folder() / name).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -152,15 +164,17 @@ def _no_cluster_created() -> Iterator[None]:
 
 @cache
 def _update_package_lists() -> None:
-    _apt_get("update", "-qq")
+    apt_get("update", "-qq")
 
 
-def _apt_get(*arguments: str) -> None:
+def apt_get(*arguments: str) -> None:
+    """Run apt-get; raise Unavailable with what it said if it fails."""
     # Another apt at work, such as unattended upgrades, is waited for.
-    _run(["apt-get", "-o", "DPkg::Lock::Timeout=300", *arguments], env={"DEBIAN_FRONTEND": "noninteractive"})
+    run(["apt-get", "-o", "DPkg::Lock::Timeout=300", *arguments], env={"DEBIAN_FRONTEND": "noninteractive"})
 
 
-def _run(command: Sequence[str], *, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
+def run(command: Sequence[str], *, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
+    """Run an installing command to its end; raise Unavailable with what it said if it fails."""
     result = subprocess.run(
         command,
         cwd=cwd,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import pwd
 import shutil
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -15,7 +14,7 @@ import pymysql
 
 from tests.services.container import Container, require_image
 from tests.services.install import debian_packages
-from tests.services.process import LocalProcess, free_port, new_folder, run_as
+from tests.services.process import LocalProcess, free_port, new_folder, run_as, unprivileged
 from tests.services.service import Control, DatabaseServer, Options, Service, Unavailable
 
 IMAGE = "mariadb:10.11"
@@ -57,7 +56,7 @@ class MariadbServer(DatabaseServer):
         50 ms for ten tables, a third of creating them through SQLAlchemy.
         """
         name = f"test_{uuid.uuid4().hex[:12]}"
-        with _connected(self.url) as cursor:
+        with connected(self.url) as cursor:
             cursor.execute(f"CREATE DATABASE {name} CHARACTER SET utf8mb4")
             if template:
                 cursor.execute(f"USE {name}")
@@ -67,7 +66,7 @@ class MariadbServer(DatabaseServer):
     def drop_database(self, url: str) -> None:
         """Drop the database at `url`, with whatever a test left in it: sessions, prepared transactions."""
         name = _database(url)
-        with _connected(self.url) as cursor:
+        with connected(self.url) as cursor:
             cursor.execute("SELECT id FROM information_schema.processlist WHERE db = %s", [name])
             for (session,) in cursor.fetchall():
                 _kill(cursor, session)
@@ -89,7 +88,7 @@ class Mariadb(Service[MariadbServer]):
     )
 
     def ping(self, url: str) -> None:
-        with _connected(url, timeout=PING_TIMEOUT) as cursor:
+        with connected(url, timeout=PING_TIMEOUT) as cursor:
             cursor.execute("SELECT 1")
 
     def server(self, url: str, control: Control) -> MariadbServer:
@@ -105,22 +104,14 @@ class Mariadb(Service[MariadbServer]):
             command=[f"--{name}={value}" for name, value in _settings(options).items()],
             detached=options.detached,
         )
-        return _url(port), control
+        return url_for(port), control
 
     def local(self, options: Options) -> tuple[str, Control]:
         server = _find_server() or _install_server()
-        user = _user()
+        user = unprivileged("mysql")
         folder = new_folder(self.name, detached=options.detached, user=user)
         port = free_port()
-        settings = _settings(options) | {
-            "datadir": str(folder / "data"),
-            "socket": str(folder / "socket"),
-            "pid-file": str(folder / "pid"),
-            "bind-address": "127.0.0.1",
-            "port": str(port),
-        }
-        file = folder / "my.cnf"
-        file.write_text("[mysqld]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
+        file = write_settings(folder, port, _settings(options))
         run_as(
             user,
             [
@@ -132,14 +123,28 @@ class Mariadb(Service[MariadbServer]):
         control = LocalProcess(
             [server, f"--defaults-file={file}"], folder, user=user, discard_by_kill=True, detached=options.detached
         )
-        return _url(port), control
+        return url_for(port), control
 
 
 def _settings(options: Options) -> dict[str, str]:
     return SETTINGS if options.like_production else SETTINGS | UNSAFE_AND_QUICK
 
 
-def _url(port: int) -> str:
+def write_settings(folder: Path, port: int, settings: dict[str, str]) -> Path:
+    """Write the file that a server of MariaDB's or MySQL's starts with; its data will be in `folder/data`."""
+    everywhere = {
+        "datadir": str(folder / "data"),
+        "socket": str(folder / "socket"),
+        "pid-file": str(folder / "pid"),
+        "bind-address": "127.0.0.1",
+        "port": str(port),
+    }
+    file = folder / "my.cnf"
+    file.write_text("[mysqld]\n" + "".join(f"{name} = {value}\n" for name, value in (everywhere | settings).items()))
+    return file
+
+
+def url_for(port: int) -> str:
     return f"mysql://root@127.0.0.1:{port}/mysql"
 
 
@@ -148,7 +153,8 @@ def _database(url: str) -> str:
 
 
 @contextlib.contextmanager
-def _connected(url: str, timeout: float = 30) -> Iterator[Any]:
+def connected(url: str, timeout: float = 30) -> Iterator[Any]:
+    """A cursor of a connection in autocommit; `timeout` is how long an answer may take, in seconds."""
     address = urlsplit(url)
     connection = pymysql.connect(
         host=address.hostname,
@@ -176,9 +182,10 @@ def _copy(cursor: Any, source: str) -> None:
 
 def _roll_back_prepared(cursor: Any) -> None:
     """Roll back the prepared transactions of the whole server: it does not say which database one is in."""
-    cursor.execute("XA RECOVER FORMAT='SQL'")
-    for *_, xid in cursor.fetchall():
-        cursor.execute(f"XA ROLLBACK {xid}")
+    cursor.execute("XA RECOVER")
+    for form, length, _, name in cursor.fetchall():
+        xid = name.encode() if isinstance(name, str) else name
+        cursor.execute(f"XA ROLLBACK X'{xid[:length].hex()}', X'{xid[length:].hex()}', {form}")
 
 
 def _kill(cursor: Any, session: int) -> None:
@@ -199,10 +206,3 @@ def _install_server() -> str:
     if server is None:
         raise Unavailable(f"{' and '.join(PACKAGES)} brought no mariadbd")
     return server
-
-
-def _user() -> str | None:
-    """MariaDB is not to run as root; its user comes with a package of Debian's that tests do without."""
-    if os.geteuid() != 0:
-        return None
-    return "mysql" if any(account.pw_name == "mysql" for account in pwd.getpwall()) else "nobody"

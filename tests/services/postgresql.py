@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
+import sys
 import uuid
 from pathlib import Path
 from signal import SIGINT
@@ -14,12 +16,14 @@ from psycopg import sql
 
 from tests.services.container import Container, require_image
 from tests.services.install import debian_packages, package_exists
-from tests.services.process import LocalProcess, free_port, new_folder, run_as
+from tests.services.process import LocalProcess, free_port, new_folder, run_as, unprivileged
 from tests.services.service import Control, DatabaseServer, Options, Service, Unavailable
+from tests.services.unpack import jar_unpacked
 
-IMAGE = "postgres:15"
-PACKAGE = "postgresql-15"
+VERSION = "15"
 OLDEST = 14  # the oldest release that the PostgreSQL project still mends
+# Releases that Debian's package is not: Maven Central has their binaries.
+OTHER_VERSIONS = {"14": "14.19.0", "18": "18.1.0"}
 SUPERUSER = "postgres"
 
 SETTINGS = {
@@ -71,25 +75,36 @@ class PostgresqlServer(DatabaseServer):
 
 
 class Postgresql(Service[PostgresqlServer]):
+    """PostgreSQL of the system's release, or of one of OTHER_VERSIONS."""
+
     name = "postgresql"
     how_to_get = (
         "start Docker, or install PostgreSQL (Debian: apt install postgresql-15), "
         "or set OUTBOX_TEST_POSTGRESQL_URL=postgresql://user@127.0.0.1:5432/postgres (a superuser's)"
     )
 
+    def __init__(self, version: str | None = None) -> None:
+        if version is not None and version not in OTHER_VERSIONS:
+            raise ValueError(f"there is no PostgreSQL {version} for tests; there are {', '.join(OTHER_VERSIONS)}")
+        self.version = version
+
     def ping(self, url: str) -> None:
         with _connect(url) as connection:
             connection.execute("SELECT 1")
+            found = str(connection.info.server_version // 10_000)
+        if self.version is not None and found != self.version:
+            raise ConnectionError(f"PostgreSQL {self.version} is asked for, and that one is {found}")
 
     def server(self, url: str, control: Control) -> PostgresqlServer:
         return PostgresqlServer(self, url, control)
 
     def docker(self, options: Options) -> tuple[str, Control]:
-        require_image(IMAGE)
+        image = f"postgres:{self.version or VERSION}"
+        require_image(image)
         port = free_port()
         settings = [word for setting in _settings(options).items() for word in ("-c", "=".join(setting))]
         control = Container(
-            IMAGE,
+            image,
             port=(5432, port),
             env={"POSTGRES_HOST_AUTH_METHOD": "trust"},
             command=["postgres", *settings],
@@ -98,9 +113,8 @@ class Postgresql(Service[PostgresqlServer]):
         return _url(port), control
 
     def local(self, options: Options) -> tuple[str, Control]:
-        binaries = _find_binaries() or _install_binaries()
-        # PostgreSQL refuses to run as root; Debian's package brings this user.
-        user = SUPERUSER if os.geteuid() == 0 else None
+        binaries = _fetch_binaries(self.version) if self.version else _find_binaries() or _install_binaries()
+        user = unprivileged(SUPERUSER)  # PostgreSQL refuses to run as root
         folder = new_folder(self.name, detached=options.detached, user=user)
         port = free_port()
         run_as(
@@ -158,9 +172,19 @@ def _find_binaries() -> Path | None:
 
 def _install_binaries() -> Path:
     # Releases of Debian and Ubuntu differ in the version that they have.
-    package = PACKAGE if package_exists(PACKAGE) else "postgresql"
+    package = f"postgresql-{VERSION}"
+    if not package_exists(package):
+        package = "postgresql"
     debian_packages([package], purpose="PostgreSQL")
     binaries = _find_binaries()
     if binaries is None:
         raise Unavailable(f"{package} brought no PostgreSQL {OLDEST} or newer")
     return binaries
+
+
+def _fetch_binaries(version: str) -> Path:
+    system = "darwin" if sys.platform == "darwin" else "linux"
+    machine = "arm64v8" if platform.machine() in ("arm64", "aarch64") else "amd64"
+    artifact = f"embedded-postgres-binaries-{system}-{machine}"
+    exact = OTHER_VERSIONS[version]
+    return jar_unpacked("io.zonky.test.postgres", artifact, exact, purpose=f"PostgreSQL {version}") / "bin"

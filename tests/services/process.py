@@ -186,6 +186,16 @@ def _sweep(base: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def unprivileged(preferred: str) -> str | None:
+    """The user to run a server as that is not to run as root; None for ourselves, where we are not root.
+
+    The preferred one often comes with a package that tests can do without.
+    """
+    if os.geteuid() != 0:
+        return None
+    return preferred if any(account.pw_name == preferred for account in pwd.getpwall()) else "nobody"
+
+
 def run_as(user: str | None, command: Sequence[str], *, cwd: Path) -> None:
     """Run a preparing command to its end; raise RuntimeError with its output if it fails."""
     result = subprocess.run(

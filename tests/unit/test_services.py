@@ -13,7 +13,20 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.services import KAFKA, SERVICES, Options, Server, Service, StartFailed, Unavailable, fixtures, install
+from tests.services import (
+    KAFKA,
+    SERVICES,
+    Options,
+    Server,
+    Service,
+    StartFailed,
+    Unavailable,
+    fixtures,
+    install,
+    unpack,
+)
+from tests.services.mysql import mariadb_or_its_stand_in
+from tests.services.postgresql import Postgresql
 from tests.services.process import LocalProcess, free_port, new_folder
 from tests.services.service import Control
 from tests.services.waiting import wait_until
@@ -129,8 +142,8 @@ def test_a_server_given_by_its_url_is_not_ended(obtained: Obtained, monkeypatch:
     Greeter().ping(running.url)
 
 
-def test_every_service_is_registered_under_its_name() -> None:
-    assert all(name == service.name for name, service in SERVICES.items())
+def test_every_service_has_a_name_of_its_own() -> None:
+    assert len({service.variable for service in SERVICES.values()}) == len(SERVICES)
     assert {"postgresql", "mariadb", "kafka"} <= set(SERVICES)
 
 
@@ -275,6 +288,24 @@ def test_two_runs_at_once_download_once(empty_cache: Path, tmp_path: Path, monke
     assert calls.read_text() == "called\n"
 
 
+def test_a_package_that_a_moving_suite_has_dropped_fails_by_name_and_leaves_nothing(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = "E: Unable to locate package mysql-server-core"
+    a_command(tmp_path / "bin", "apt-get", f"case $* in *install*) echo '{refusal}'; exit 100; esac", monkeypatch)
+    monkeypatch.setattr(unpack, "root_on_debian", lambda: True)
+    with pytest.raises(Unavailable, match=rf"mysql-server-core of Debian sid cannot be had, and MySQL(.|\n)*{refusal}"):
+        unpack.debian_unpacked("sid", "mysql-server-core", purpose="MySQL")
+    assert [path.name for path in empty_cache.iterdir()] == ["sid-mysql-server-core.lock"]
+
+
+def test_a_release_that_there_is_not_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="no PostgreSQL 9 for tests; there are 14, 18"):
+        Postgresql("9")
+    with pytest.raises(ValueError, match="no oracle for tests in MariaDB's place; there are mariadb, mysql"):
+        mariadb_or_its_stand_in("oracle")
+
+
 def test_an_older_java_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a_command(tmp_path / "bin", "java", "echo 'openjdk version \"11.0.2\"' >&2", monkeypatch)
     monkeypatch.delenv("JAVA_HOME", raising=False)
@@ -335,6 +366,32 @@ def test_in_ci_a_missing_service_is_a_failure(suite: pytest.Pytester, monkeypatc
     result.assert_outcomes(passed=1, errors=2)
     result.stdout.fnmatch_lines(["*services that this machine lacks*", "greeter: *"])
     assert result.ret != 0
+
+
+CHOICE = """
+    import pytest
+
+    @pytest.fixture
+    def pear_url():
+        pass
+
+    @pytest.mark.parametrize("server", ["apple", "pear"])
+    def test_by_its_id(server):
+        pass
+
+    def test_by_its_fixture(pear_url):
+        pass
+
+    def test_of_none():
+        pass
+"""
+
+
+def test_tests_can_be_chosen_by_the_servers_they_run_on(suite: pytest.Pytester) -> None:
+    suite.makepyfile(CHOICE)
+    arguments = ("-p", fixtures.__name__, "-p", "no:outbox", "-p", "no:cacheprovider")
+    suite.runpytest_subprocess(*arguments, "--on=pear").assert_outcomes(passed=2, deselected=2)
+    suite.runpytest_subprocess(*arguments, "--on=pear,apple").assert_outcomes(passed=3, deselected=1)
 
 
 # --- Waiting
