@@ -77,14 +77,15 @@ class Staged:
     the Core connection, which no session sees, takes exactly the rows staged since.
     """
 
-    __slots__ = ("clock", "committed", "rows", "savepoints", "unflushed")
+    __slots__ = ("by_ddl", "clock", "committed", "rows", "savepoints", "unflushed")
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.savepoints: dict[str, int] = {}
         self.clock = 0
         self.unflushed = False  # some of the rows may be
-        self.committed = False  # by a COMMIT that SQLAlchemy does not take for one
+        self.committed = False  # by a statement that SQLAlchemy does not take for a commit
+        self.by_ddl = False  # and that was not COMMIT itself
 
 
 on_transaction: weakref.WeakKeyDictionary[sa.RootTransaction, Staged] = weakref.WeakKeyDictionary()

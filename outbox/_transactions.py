@@ -7,6 +7,7 @@ SQLAlchemy does not tell which of its connections a session has written to, so t
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
@@ -157,9 +158,8 @@ def refuse_autocommit(bind: sa.Connection | sa.Engine) -> None:
         # create_engine(isolation_level=…) is kept here only, without a public name; asking the DBAPI instead would take
         # SQLite's documented "isolation_level = None plus our own BEGIN" for autocommit
         level = getattr(bind.dialect, "_on_connect_isolation_level", None)
-    if level is None and bind.dialect.name == "postgresql" and isinstance(bind, sa.Connection):
-        # connect_args={"autocommit": True}
-        level = "AUTOCOMMIT" if getattr(bind.connection.dbapi_connection, "autocommit", False) else None
+    if level is None and isinstance(bind, sa.Connection) and _driver_autocommits(bind):
+        level = "AUTOCOMMIT"
     if level == "AUTOCOMMIT":
         raise TransactionError(
             "the connection is in autocommit mode, so a message could not commit together with your data: "
@@ -167,10 +167,30 @@ def refuse_autocommit(bind: sa.Connection | sa.Engine) -> None:
         )
 
 
+def _driver_autocommits(connection: sa.Connection) -> bool:
+    """Whether the driver itself was told to: connect_args={"autocommit": True}."""
+    if connection.dialect.name == "postgresql":
+        return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
+    status = _mysql_status(connection.connection.driver_connection)
+    return status is not None and bool(status & _AUTOCOMMIT) and not status & _IN_TRANSACTION
+
+
 # ---------------------------------------------------------------- what statements tell
 
 
 _WRITES: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE", "COPY", "CALL"})
+
+# By these MySQL and MariaDB commit what came before them, also where they fail
+# (dev.mysql.com/doc/refman/8.4/en/implicit-commit.html).
+_MYSQL_COMMITS: Final = frozenset(
+    {"ALTER", "ANALYZE", "BEGIN", "CACHE", "CHECK", "CREATE", "DROP", "FLUSH", "GRANT", "INSTALL", "LOCK", "OPTIMIZE"}
+    | {"RENAME", "REPAIR", "RESET", "REVOKE", "START", "STOP", "TRUNCATE", "UNINSTALL"}
+)
+
+# Errors with which MySQL and MariaDB roll back the whole transaction: a row changed since the snapshot (MariaDB's
+# innodb_snapshot_isolation), the lock table is full, a deadlock, and the last two within XA.
+_MYSQL_ROLLS_BACK: Final = frozenset({1020, 1206, 1213, 1613, 1614})
+_MYSQL_LOCK_TIMEOUT: Final = 1205
 
 
 def see_statement(connection: sa.Connection, statement: str, context: Any) -> tuple[str, str]:
@@ -182,17 +202,59 @@ def see_statement(connection: sa.Connection, statement: str, context: Any) -> tu
     if context is not None and (context.isinsert or context.isupdate or context.isdelete):
         _note_write(connection)
         return "", ""
-    words = statement[:200].split(None, 2)
-    word = words[0].upper() if words else ""
+    word, rest = first_word(statement)
     if word in _WRITES:
         _note_write(connection)
-    return word, words[1] if len(words) > 1 else ""
+    return word, rest
+
+
+def first_word(statement: str) -> tuple[str, str]:
+    """The first word, in capitals, and what follows it: ('ROLLBACK', 'to mine')."""
+    words = statement[:200].strip("; \t\r\n").split(None, 1)
+    return (words[0].upper(), words[1] if len(words) > 1 else "") if words else ("", "")
+
+
+def commits(connection: sa.Connection, word: str, rest: str) -> bool:
+    """Whether the statement of these words ends the transaction with a commit, though SQLAlchemy does not know."""
+    if word in ("COMMIT", "END"):
+        return True
+    if word not in _MYSQL_COMMITS or connection.dialect.name not in ("mysql", "mariadb"):
+        return False
+    return rest[:9].upper() != "TEMPORARY"
+
+
+def rolls_back(word: str, rest: str) -> str | None:
+    """The savepoint that a statement of these words rolls back to, '' for the whole transaction; None: it does not."""
+    if word not in ("ROLLBACK", "ABORT"):
+        return None
+    to = re.match(r"(?:WORK\s+|TRANSACTION\s+)?TO\s+(?:SAVEPOINT\s+)?(\S+)", rest, re.IGNORECASE)
+    return to[1] if to else ""
+
+
+def undone_by_error(connection: sa.Connection, error: BaseException | None) -> bool:
+    """Whether the database has rolled back the whole transaction with the statement that failed like this. PostgreSQL
+    leaves it open, so that it can only be rolled back; the others begin a new one with the next statement."""
+    if connection.dialect.name == "sqlite":
+        return has_written(connection) and no_transaction_is_open(connection)
+    if connection.dialect.name not in ("mysql", "mariadb"):
+        return False
+    code = error.args[0] if error is not None and error.args else None
+    if code == _MYSQL_LOCK_TIMEOUT:
+        return bool(connection.exec_driver_sql("SELECT @@innodb_rollback_on_timeout").scalar())
+    return code in _MYSQL_ROLLS_BACK
 
 
 def _note_write(connection: sa.Connection) -> None:
     transaction = connection.get_transaction()
     if transaction is not None:
         _written.add(transaction)
+
+
+def forget_writes(connection: sa.Connection) -> None:
+    """What was written is rolled back, though the connection's transaction has not ended."""
+    transaction = connection.get_transaction()
+    if transaction is not None:
+        _written.discard(transaction)
 
 
 def has_written(connection: sa.Connection) -> bool:
@@ -215,8 +277,21 @@ def no_transaction_is_open(connection: sa.Connection) -> bool:
             return not driver.in_transaction
         if hasattr(driver, "is_in_transaction"):  # asyncpg
             return not driver.is_in_transaction()
+        if (status := _mysql_status(driver)) is not None:
+            return not status & _IN_TRANSACTION
         return int(driver.info.transaction_status) == 0  # psycopg, psycopg2: IDLE
     return False
+
+
+_IN_TRANSACTION: Final = 1  # SERVER_STATUS_IN_TRANS
+_AUTOCOMMIT: Final = 2  # SERVER_STATUS_AUTOCOMMIT
+
+
+def _mysql_status(driver: Any) -> int | None:
+    """What MySQL said with its last answer, where the driver keeps it: PyMySQL, aiomysql, and asyncmy, which does not take
+    notice of a zero. mysqlclient does not show it."""
+    status = getattr(driver, "server_status", None)
+    return status if isinstance(status, int) else None
 
 
 # "If a RELEASE command releases the outermost savepoint, so that the transaction stack becomes empty, then RELEASE is the

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from outbox import _transactions as transactions
 from outbox._insert import AT_ONCE, insert
 from outbox._message import Message
-from outbox._rows import Built, Row, append, attach, drop, on_session, rows_on, settle, staged_on, waiting
+from outbox._rows import Built, Row, Staged, append, attach, drop, on_session, rows_on, settle, staged_on, waiting
 from outbox.errors import TransactionError
 
 log = logging.getLogger("outbox.staging")
@@ -248,6 +248,8 @@ def _rollback(connection: sa.Connection) -> None:
         why = "raw COMMIT text or on the DBAPI connection, not by its session"
         if transactions.was_committed_by_a_savepoint(connection):
             why = "SQLite, with its first savepoint (docs/guide.md, SQLite)"
+        elif state.by_ddl:
+            why = "MySQL, which commits before DDL (docs/guide.md, MySQL and MariaDB)"
         _report_lost(rows, f"the transaction was ended by {why}")
 
 
@@ -266,21 +268,59 @@ def _rollback_savepoint(connection: sa.Connection, name: str, context: None) -> 
     state = staged_on(connection)
     if state is not None:
         # a savepoint from before anything was staged here has no entry: everything came after it
-        since = state.savepoints.get(name, 0)
+        since = state.savepoints.get(_savepoint_name(name), 0)
         state.rows[:] = [row for row in state.rows if row.stamp < since]
 
 
 def _after_cursor_execute(
     connection: sa.Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
 ) -> None:
-    verb, name = transactions.see_statement(connection, statement, context)
-    if verb in ("SAVEPOINT", "COMMIT", "END"):
-        state = staged_on(connection)
-        if state is not None and verb == "SAVEPOINT":
-            state.clock += 1
-            state.savepoints[name] = state.clock
-        elif state is not None:
-            state.committed = any(not row.unflushed for row in state.rows)
+    word, rest = transactions.see_statement(connection, statement, context)
+    if not word:
+        return
+    state = staged_on(connection)
+    if state is None:
+        return
+    if word == "SAVEPOINT":
+        state.clock += 1
+        state.savepoints[_savepoint_name(rest)] = state.clock
+    elif transactions.commits(connection, word, rest):
+        _note_committed(state, word)
+    elif (savepoint := transactions.rolls_back(word, rest)) is not None:
+        _roll_back(connection, state, savepoint)
+
+
+def _handle_error(context: sa.engine.ExceptionContext) -> None:
+    connection = context.connection
+    state = staged_on(connection) if connection is not None and not context.is_disconnect else None
+    if connection is None or state is None or not state.rows or state.committed:
+        return
+    if transactions.undone_by_error(connection, context.original_exception):
+        _roll_back(connection, state)
+        return
+    word, rest = transactions.first_word(context.statement or "")
+    if transactions.commits(connection, word, rest) and word not in ("COMMIT", "END"):
+        _note_committed(state, word)
+
+
+def _note_committed(state: Staged, word: str) -> None:
+    state.committed = any(not row.unflushed for row in state.rows)
+    state.by_ddl = word not in ("COMMIT", "END")
+
+
+def _roll_back(connection: sa.Connection, state: Staged, savepoint: str = "") -> None:
+    """By the database or raw text: takes what was staged since, and leaves what is not flushed to the next commit."""
+    since = 0
+    if savepoint:
+        since = state.savepoints.get(_savepoint_name(savepoint), 0)
+    else:
+        transactions.forget_writes(connection)
+    state.rows[:] = [row for row in state.rows if row.unflushed or row.stamp < since]
+
+
+def _savepoint_name(text: str) -> str:
+    """The first word, as a database that folds names reads it."""
+    return text.partition("/")[0].strip().strip('"`').casefold()
 
 
 def _report_lost(rows: list[Row], why: str) -> None:
@@ -308,6 +348,7 @@ def install() -> None:
         (Session, "after_commit", _after_commit),
         (Session, "after_transaction_end", _after_transaction_end),
         (sa.Engine, "after_cursor_execute", _after_cursor_execute),
+        (sa.Engine, "handle_error", _handle_error),
         (sa.Engine, "savepoint", _savepoint),
         (sa.Engine, "release_savepoint", _release_savepoint),
         (sa.Engine, "rollback_savepoint", _rollback_savepoint),

@@ -22,10 +22,12 @@ class Order(Base):
     __tablename__ = "shop_order"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(sa.Text, unique=True)
+    name: Mapped[str] = mapped_column(sa.String(255), unique=True)
 
 
 outbox = Outbox(Base.metadata)
+
+TABLES = [Order.__table__, outbox.tables.message, outbox.tables.scheduled, outbox.tables.inbox]
 
 Bind = sa.Engine | sa.Connection
 

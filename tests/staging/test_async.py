@@ -33,13 +33,15 @@ DRIVERS = [
 
 @pytest.fixture(params=DRIVERS)
 async def engine(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[AsyncEngine]:
-    if request.param.startswith("postgresql"):
-        url = sa.make_url(request.getfixturevalue("postgresql_shop_url")).set(drivername=request.param)
+    if not request.param.startswith("sqlite"):
+        server = "postgresql" if request.param.startswith("postgresql") else "mariadb"
+        url = sa.make_url(request.getfixturevalue(f"{server}_shop_url")).set(drivername=request.param)
     else:
         url = sa.make_url(f"{request.param}:///{tmp_path / 'shop.db'}")
     engine = create_async_engine(url)
-    async with engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
+    if request.param.startswith("sqlite"):
+        async with engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
     yield engine
     await engine.dispose()
 

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from outbox import TransactionError
-from tests.staging.conftest import postgresql_engine
+from tests.staging.conftest import server_engine
 from tests.staging.shop import Shop, outbox, place, tell
 
 refused = pytest.raises(TransactionError, match="autocommit mode")
@@ -52,12 +52,12 @@ def test_a_connection_with_the_autocommit_option_refuses(shop: Shop) -> None:
     assert shop.holds()
 
 
-def test_an_engine_created_for_autocommit_refuses(postgresql_shop: Shop) -> None:
-    _refuses(postgresql_engine(postgresql_shop.engine.url, isolation_level="AUTOCOMMIT"), postgresql_shop)
+def test_an_engine_created_for_autocommit_refuses(server_shop: Shop) -> None:
+    _refuses(server_engine(server_shop.engine.url, isolation_level="AUTOCOMMIT"), server_shop)
 
 
-def test_an_engine_whose_driver_is_told_to_autocommit_refuses(postgresql_shop: Shop) -> None:
-    engine = postgresql_engine(postgresql_shop.engine.url, connect_args={"autocommit": True})
+def test_an_engine_whose_driver_is_told_to_autocommit_refuses(server_shop: Shop) -> None:
+    engine = server_engine(server_shop.engine.url, connect_args={"autocommit": True})
     with Session(engine) as session:
         session.connection()
         with refused:
@@ -65,7 +65,24 @@ def test_an_engine_whose_driver_is_told_to_autocommit_refuses(postgresql_shop: S
     with engine.connect() as connection, refused:
         tell(connection, "b")
     engine.dispose()
-    assert postgresql_shop.holds()
+    assert server_shop.holds()
+
+
+def test_an_engine_whose_driver_autocommits_until_begin_is_sent_takes_messages(mariadb_shop: Shop) -> None:
+    engine = server_engine(mariadb_shop.engine.url, connect_args={"autocommit": True})
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("START TRANSACTION")
+
+    with Session(engine) as session:
+        place(session, "a")
+        session.commit()
+        place(session, "b")
+        session.flush()
+        session.rollback()
+    engine.dispose()
+    assert mariadb_shop.holds("a")
 
 
 def test_a_sqlite_engine_created_for_autocommit_refuses(two_shops: tuple[Shop, Shop]) -> None:
@@ -73,16 +90,14 @@ def test_a_sqlite_engine_created_for_autocommit_refuses(two_shops: tuple[Shop, S
     _refuses(sa.create_engine(shop.engine.url, isolation_level="AUTOCOMMIT"), shop)
 
 
-def test_a_connection_of_an_autocommit_engine_with_another_level_takes_messages(
-    postgresql_shop: Shop,
-) -> None:
-    engine = postgresql_engine(postgresql_shop.engine.url, isolation_level="AUTOCOMMIT")
+def test_a_connection_of_an_autocommit_engine_with_another_level_takes_messages(server_shop: Shop) -> None:
+    engine = server_engine(server_shop.engine.url, isolation_level="AUTOCOMMIT")
     with Session(engine) as session:
         session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
         place(session, "a")
         session.commit()
     engine.dispose()
-    assert postgresql_shop.holds("a")
+    assert server_shop.holds("a")
 
 
 def test_a_claim_is_refused_too(shop: Shop) -> None:

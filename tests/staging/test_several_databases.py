@@ -10,9 +10,8 @@ import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from outbox import TransactionError
-from tests.services import PostgresqlServer
-from tests.staging.conftest import postgresql_engine
-from tests.staging.shop import Order, Shop, outbox, place, tell
+from tests.staging.conftest import server_engine
+from tests.staging.shop import TABLES, Base, Order, Shop, outbox, place, tell
 
 Shops = tuple[Shop, Shop]
 
@@ -249,18 +248,20 @@ def test_the_message_that_waited_for_its_database_keeps_its_place(two_shops: Sho
 
 
 @pytest.fixture
-def twophase_shops(postgresql_shop: Shop, postgresql: PostgresqlServer, empty_shop: str) -> Iterator[Shops]:
-    url = postgresql.create_database(empty_shop)
-    engine = postgresql_engine(url)
-    for shop_engine in (engine, postgresql_shop.engine):
+def twophase_shops(server_shop: Shop, request: pytest.FixtureRequest) -> Iterator[Shops]:
+    server = request.getfixturevalue("postgresql" if server_shop.engine.name == "postgresql" else "mariadb")
+    url = server.create_database()
+    engine = server_engine(url)
+    Base.metadata.create_all(engine, tables=TABLES)
+    for shop_engine in (engine, server_shop.engine):
         StockBase.metadata.create_all(shop_engine)
-    yield postgresql_shop, Shop(engine)
+    yield server_shop, Shop(engine)
     engine.dispose()
-    postgresql.drop_database(url)
+    server.drop_database(url)
 
 
-def test_a_message_is_prepared_and_committed_with_its_order(postgresql_shop: Shop) -> None:
-    with Session(postgresql_shop.engine, twophase=True) as session:
+def test_a_message_is_prepared_and_committed_with_its_order(server_shop: Shop) -> None:
+    with Session(server_shop.engine, twophase=True) as session:
         place(session, "a")
         session.prepare()
         with pytest.raises(TransactionError, match="prepared"):
@@ -271,7 +272,30 @@ def test_a_message_is_prepared_and_committed_with_its_order(postgresql_shop: Sho
         place(session, "d")
         session.prepare()
         session.rollback()
-    assert postgresql_shop.holds("a", "c")
+    assert server_shop.holds("a", "c")
+
+
+def test_a_rolled_back_savepoint_within_two_phases_takes_its_own_message_and_no_other(server_shop: Shop) -> None:
+    with Session(server_shop.engine, twophase=True) as session, session.begin():
+        place(session, "a")
+        savepoint = session.begin_nested()
+        place(session, "b")
+        session.flush()
+        savepoint.rollback()
+    assert server_shop.holds("a")
+
+
+def test_what_was_prepared_is_there_though_its_session_was_lost(server_shop: Shop) -> None:
+    """And is committed, order and message, by whoever recovers it."""
+    session = Session(server_shop.engine, twophase=True)
+    place(session, "a")
+    session.prepare()
+    session.invalidate()
+    assert server_shop.holds()
+    with server_shop.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        (xid,) = connection.recover_twophase()
+        connection.commit_prepared(xid, recover=True)
+    assert server_shop.holds("a")
 
 
 def test_two_phases_let_a_message_go_to_another_database_than_the_data(twophase_shops: Shops) -> None:
@@ -293,8 +317,8 @@ def test_two_phases_let_a_message_go_to_another_database_than_the_data(twophase_
 
 
 @pytest.mark.parametrize("prepare", [True, False])
-def test_a_core_transaction_in_two_phases(postgresql_shop: Shop, prepare: bool) -> None:
-    with postgresql_shop.engine.connect() as connection:
+def test_a_core_transaction_in_two_phases(server_shop: Shop, prepare: bool) -> None:
+    with server_shop.engine.connect() as connection:
         transaction = connection.begin_twophase()
         session = Session(connection, join_transaction_mode="rollback_only")
         place(session, "a")
@@ -305,4 +329,4 @@ def test_a_core_transaction_in_two_phases(postgresql_shop: Shop, prepare: bool) 
                 tell(connection, "b")
         transaction.commit()
         session.close()
-    assert postgresql_shop.holds("a")
+    assert server_shop.holds("a")
