@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,7 +24,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from tests.services import MARIADB, POSTGRESQL, MariadbServer, PostgresqlServer, Server
+from tests.services import MARIADB, POSTGRESQL, MariadbServer, PgbouncerServer, PostgresqlServer, Server
 from tests.services.postgresql import Postgresql
 from tests.services.waiting import wait_until
 
@@ -104,6 +105,27 @@ def test_a_paused_server_is_silent_until_it_resumes(killable_postgresql: Postgre
         POSTGRESQL.ping(killable_postgresql.url)
     killable_postgresql.resume()
     POSTGRESQL.ping(killable_postgresql.url)
+
+
+def test_pgbouncer_runs_consecutive_transactions_of_a_client_on_different_backends(
+    pgbouncer: PgbouncerServer, postgresql_url: str
+) -> None:
+    with psycopg.connect(pgbouncer.through(postgresql_url), autocommit=True, prepare_threshold=None) as connection:
+        backends = [connection.execute("SELECT pg_backend_pid()").fetchone() for _ in range(20)]
+    assert len(set(backends)) >= 4
+    assert all(one != next for one, next in pairwise(backends))
+
+
+def test_pgbouncer_is_of_the_kind_that_knows_no_prepared_statements(
+    pgbouncer: PgbouncerServer, postgresql_url: str
+) -> None:
+    url = pgbouncer.through(postgresql_url)
+    # prepared on one backend, executed on the next
+    with (
+        psycopg.connect(url, autocommit=True, prepare_threshold=0) as connection,
+        pytest.raises(psycopg.errors.InvalidSqlStatementName),
+    ):
+        connection.execute("SELECT 1")
 
 
 def test_mariadb_gives_each_test_an_empty_database(mariadb: MariadbServer, mariadb_url: str) -> None:

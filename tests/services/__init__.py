@@ -15,6 +15,7 @@ from typing import Any
 from tests.services.kafka import Kafka
 from tests.services.mariadb import MariadbServer
 from tests.services.mysql import mariadb_or_its_stand_in
+from tests.services.pgbouncer import Pgbouncer, PgbouncerServer
 from tests.services.postgresql import Postgresql, PostgresqlServer
 from tests.services.service import DatabaseServer, NotOurs, Options, Server, Service, StartFailed, Unavailable
 
@@ -34,6 +35,8 @@ __all__ = [
     "MariadbServer",
     "NotOurs",
     "Options",
+    "Pgbouncer",
+    "PgbouncerServer",
     "PostgresqlServer",
     "Server",
     "Service",

@@ -21,6 +21,8 @@ from tests.services import (
     SERVICES,
     DatabaseServer,
     MariadbServer,
+    Pgbouncer,
+    PgbouncerServer,
     PostgresqlServer,
     Server,
     Service,
@@ -58,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[MISSING] = {}
-    config.stash[TO_START] = set(SERVICES)
+    config.stash[TO_START] = {*SERVICES, "pgbouncer"}
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-timeout looks for its marker, since it counts fixtures
@@ -184,6 +186,12 @@ def killable_postgresql(own_servers: OwnServers, postgresql: PostgresqlServer) -
     Not always the server of `postgresql_url`: a database comes from its `create_database()`.
     """
     yield from own_servers.lend(POSTGRESQL, postgresql)
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(pytestconfig: pytest.Config, postgresql: PostgresqlServer) -> Iterator[PgbouncerServer]:
+    """A PgBouncer in transaction mode before the server of `postgresql`, shared by the session."""
+    yield from _session(pytestconfig, Pgbouncer(postgresql.url))
 
 
 @pytest.fixture(scope="session")
