@@ -17,8 +17,9 @@ from sqlalchemy.schema import conv
 from outbox._message import BUCKETS, KEY_LENGTH, TOPIC_LENGTH, TYPE_LENGTH
 from outbox.dialects import UtcDateTime, binary, long_text, now, number, text
 from outbox.errors import ConfigurationError
+from outbox.storage import STORAGE, listed
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 CONSUMER_LENGTH: Final = 128
 
 
@@ -62,6 +63,10 @@ class Tables:
     def __post_init__(self) -> None:
         for name, make in _MAKERS.items():
             object.__setattr__(self, name, make(self))
+        for name, settings in STORAGE.items():
+            # not postgresql_with=…, which tables have from SQLAlchemy 2.1 on
+            ddl = sa.DDL(f"ALTER TABLE %(fullname)s SET ({listed(settings)})")  # type: ignore[no-untyped-call]
+            sa.event.listen(getattr(self, name), "after_create", ddl.execute_if(dialect="postgresql"), propagate=True)
         sa.event.listen(self.checkpoint, "after_create", self._seed_checkpoint, propagate=True)
         sa.event.listen(self.lease, "after_create", self._seed_leases, propagate=True)
 
@@ -183,6 +188,7 @@ def _dead_letter(t: Tables) -> sa.Table:
         t.primary_key("dead_letter", "id"),
         t.unique("dead_letter", "consumer", "message_id", "cycle"),
         t.index("dead_letter_state", "state", "fingerprint", "dead_at"),
+        t.index("dead_letter_closed_at", "closed_at"),  # what cleanup removes by age
     )
 
 
@@ -310,9 +316,14 @@ _MAKERS: Final = {
 }
 
 
+def is_prefix(prefix: object) -> bool:
+    """Whether tables may be called so: an identifier that no database quotes, so that none reads it as SQL."""
+    return isinstance(prefix, str) and re.fullmatch(r"[a-z_][a-z0-9_]{0,30}", prefix) is not None
+
+
 def tables_for(metadata: sa.MetaData, schema: str | None, prefix: str) -> Tables:
     """The tables of that schema and prefix on that metadata; asked twice, the same ones. Raises `ConfigurationError`."""
-    if not isinstance(prefix, str) or not re.fullmatch(r"[a-z_][a-z0-9_]{0,30}", prefix):
+    if not is_prefix(prefix):
         raise ConfigurationError(f"prefix {prefix!r}: it must match [a-z_][a-z0-9_]* and be at most 31 characters long")
     if schema is not None and (
         not isinstance(schema, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_$]{0,62}", schema)

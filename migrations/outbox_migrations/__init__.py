@@ -1,23 +1,32 @@
 """The outbox tables in versioned steps. One source for a revision of yours (`upgrade`, `downgrade`), for
-``outbox migrate`` (`migrate`) and, through the Alembic plugin, for ``alembic revision --autogenerate``.
+``outbox migrate`` (`migrate`, `script`, `plan`) and, through the Alembic plugin, for ``alembic revision --autogenerate``.
 
-Version 0 is no tables at all. Alembic is not needed to import this, nor for `migrate`.
+Version 0 is no tables at all. Alembic is not needed to import this, nor for `migrate`. docs/migrations.md says in which
+order to roll a new version out, and what each step locks.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final, Protocol
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Final, NamedTuple, Protocol
 
 import sqlalchemy as sa
 
 from outbox import ConfigurationError
-from outbox.tables import Tables, tables_for
-from outbox_migrations._filter import include_object
+from outbox.observe.schema import check_schema
+from outbox.tables import tables_for
+from outbox_migrations import _script
+from outbox_migrations._alone import alone, begin_alone, require_schema
+from outbox_migrations._filter import include_object, include_object_for
+from outbox_migrations._online import PATIENCE, Online
+from outbox_migrations._operations import Operation, note_version
 from outbox_migrations._step import Place, Step
-from outbox_migrations._version import begin_alone, version_in
+from outbox_migrations._version import version_in
 from outbox_migrations.v0001_tables import STEP as TABLES
+from outbox_migrations.v0002_storage_and_closed import STEP as STORAGE_AND_CLOSED
 
-STEPS: Final[tuple[Step, ...]] = (TABLES,)
+STEPS: Final[tuple[Step, ...]] = (TABLES, STORAGE_AND_CLOSED)
 """Step n, counted from 1, makes version n out of version n - 1. What was released is never changed, only added to."""
 
 LATEST: Final = len(STEPS)
@@ -34,86 +43,259 @@ class Operations(Protocol):
     def execute(self, sqltext: Any, /) -> None: ...
 
 
-def upgrade(op: Operations, to: int | None = None, *, schema: str | None = None, prefix: str = "outbox_") -> None:
+# ---------------------------------------------------------------- in a revision of the user's
+
+
+def upgrade(
+    op: Operations,
+    to: int | None = None,
+    *,
+    start: int | None = None,
+    schema: str | None = None,
+    prefix: str = "outbox_",
+    patience: float = PATIENCE,
+) -> None:
     """Bring the tables to version ``to`` (None: `LATEST`), in a revision of yours: ``outbox_migrations.upgrade(op, to=1)``.
 
     Write the number down: a revision should do the same in two years. Tables are created and seeded: version, this
     outbox's own id, number of buckets, one lease row a bucket. Online, only the steps that the database has not had
-    are run; offline (``--sql``) the database cannot be asked, and all steps up to ``to`` are written out. ``schema``,
-    which must exist, and ``prefix`` are those of your `Outbox`. It runs in the revision's transaction.
+    are run, and what a cut-off attempt left undone. Offline (``--sql``) the database cannot be asked: all steps from
+    ``start`` are written out, by default from where the script itself has brought these tables, else from nothing.
+    ``schema``, which must exist, and ``prefix`` are those of your `Outbox`.
+
+    It runs in the revision's transaction. A statement that needs a lock on a table in use waits for it half a second at
+    a time, for ``patience`` seconds in all. An index on a large table is built outside the transaction
+    (``autocommit_block``), which commits what the revision did before: leave this line in a revision of its own.
 
     Raises `ConfigurationError` for a version that this pyoutbox does not know, `SchemaMismatch` where the database has
-    tables of a newer one, or tables that are not all there.
+    tables of a newer one, or tables that are not all there, `StoreUnavailable` where a lock was not had in time.
     """
     target = LATEST if to is None else _known(to)
-    place, offline = _place(op, schema, prefix)
-    start = 0 if offline else version_in(op.get_bind(), place.tables, LATEST)
-    _ascend(place, start, target)
+    tables = tables_for(sa.MetaData(), schema, prefix)
+    context = op.get_context()
+    place = Place(context.dialect.name, tables.schema, prefix)
+    if context.as_sql:
+        first = _start(op, place, start, unknown=0)
+        for _, operations in _upwards(place, first, target):
+            _write(op, operations, fresh=first == 0)
+        _remember(op, place, target)
+        return
+    first = version_in(op.get_bind(), tables, LATEST)
+    online = Online(op.get_bind, patience=patience, outside=_outside(op))
+    for _, operations in _upwards(place, first, target):
+        online.carry_out(operations)
 
 
-def downgrade(op: Operations, to: int = 0, *, schema: str | None = None, prefix: str = "outbox_") -> None:
+def downgrade(
+    op: Operations, to: int = 0, *, start: int | None = None, schema: str | None = None, prefix: str = "outbox_"
+) -> None:
     """Bring the tables back to version ``to``, inside a revision of yours.
 
     Version 0 **drops the tables with all that is in them**: messages that were committed and not sent yet, dead letters,
     and the inbox, without which a message that comes again has its effect again. Drain the outbox first.
 
+    ``start``: for a script, as in `upgrade`; by default from where the script has brought them, else from `LATEST`.
     Raises as `upgrade` does.
     """
-    _known(to)
-    place, offline = _place(op, schema, prefix)
-    start = LATEST if offline else version_in(op.get_bind(), place.tables, LATEST)
-    for version in range(start, to, -1):
-        STEPS[version - 1].downgrade(place)
-        if version > 1:
-            place.record(version - 1)
-
-
-def migrate(connection: sa.Connection, *, schema: str | None = None, prefix: str = "outbox_") -> list[str]:
-    """Bring the tables to `LATEST` where there is no Alembic; returns the names of the steps that it took.
-
-    Runs in the transaction of ``connection``, which the caller commits: all or nothing, on SQLite too. Called again it
-    does nothing; of two processes that call it at once, the second waits for the first. Tables that ``create_all`` made
-    are checked, seeded and left alone.
-
-    Raises `SchemaMismatch` where the schema does not exist, where the tables are of a newer pyoutbox, or are not all
-    there. Lets the driver's errors through, as SQLAlchemy raises them.
-    """
+    target = _known(to)
     tables = tables_for(sa.MetaData(), schema, prefix)
-    begin_alone(connection, tables)
-    return _ascend(
-        Place(tables, connection.dialect.name, connection.execute), version_in(connection, tables, LATEST), LATEST
-    )
+    context = op.get_context()
+    place = Place(context.dialect.name, tables.schema, prefix)
+    if context.as_sql:
+        first = _start(op, place, start, unknown=LATEST)
+        for _, operations in _downwards(place, first, target):
+            _write(op, operations, fresh=False)
+        _remember(op, place, target)
+        return
+    online = Online(op.get_bind)
+    for _, operations in _downwards(place, version_in(op.get_bind(), tables, LATEST), target):
+        online.carry_out(operations)
 
 
-def _ascend(place: Place, start: int, target: int) -> list[str]:
-    taken = []
+# ---------------------------------------------------------------- where there is no Alembic
+
+
+def migrate(
+    where: sa.Engine | sa.Connection,
+    *,
+    to: int | None = None,
+    downgrade: bool = False,
+    schema: str | None = None,
+    prefix: str = "outbox_",
+    patience: float = PATIENCE,
+) -> list[str]:
+    """Bring the tables to version ``to`` (None: `LATEST`) where there is no Alembic; returns the steps that it took.
+
+    ``where``: an ``Engine``, on which nobody queues behind us: new tables are made in one transaction, each change of
+    tables in use in one of its own, an index beside its writers. Or a ``Connection``: all of it in its transaction, which
+    the caller commits (SQLite and PostgreSQL: all or nothing); then an index on a large table is refused.
+
+    Called again it does nothing, or what a cut-off attempt left undone; of two processes that call it at once, the second
+    waits for the first. Tables that ``create_all`` made are checked, seeded and left alone. ``downgrade``: allows a ``to``
+    below the version that is there; version 0 drops all that is in the tables. ``patience``: seconds to go on trying for
+    a lock.
+
+    Raises `SchemaMismatch` where the schema does not exist, where the tables are of a newer pyoutbox, not all there, or
+    changed by hand; `ConfigurationError` for a version that is unknown, or below without ``downgrade``;
+    `StoreUnavailable` where a lock was not had in time. Lets the driver's errors through, as SQLAlchemy raises them.
+    """
+    target = LATEST if to is None else _known(to)
+    tables = tables_for(sa.MetaData(), schema, prefix)
+    if isinstance(where, sa.Engine):
+        with alone(where, tables, patience) as (connection, commit, outside):
+            require_schema(connection, tables)
+            first = version_in(connection, tables, LATEST)
+            fresh = first == 0 and where.dialect.name in ("postgresql", "sqlite")
+            online = Online(lambda: connection, patience=patience, outside=outside, commit=None if fresh else commit)
+            return _migrate(online, connection, tables.schema, prefix, first, target, downgrade)
+    with begin_alone(where, tables, patience):
+        first = version_in(where, tables, LATEST)
+        online = Online(lambda: where, patience=patience)
+        return _migrate(online, where, tables.schema, prefix, first, target, downgrade)
+
+
+class Planned(NamedTuple):
+    """One operation that `migrate` would carry out: of which step, what it is, and who waits for whom meanwhile."""
+
+    step: str
+    what: str
+    locks: str
+
+
+def plan(
+    connection: sa.Connection, *, to: int | None = None, schema: str | None = None, prefix: str = "outbox_"
+) -> list[Planned]:
+    """What ``migrate(engine, to=…)`` would do in this database. Reads only. Raises as `migrate` does."""
+    target = LATEST if to is None else _known(to)
+    tables = tables_for(sa.MetaData(), schema, prefix)
+    require_schema(connection, tables)
+    first = version_in(connection, tables, LATEST, seed=False)
+    place = Place(connection.dialect.name, tables.schema, prefix)
+    steps = _upwards(place, first, target) if target >= first else _downwards(place, first, target)
+    found = [
+        Planned(name, operation.what, operation.locks(place.dialect, fresh=first == 0, alone=True))
+        for name, operations in steps
+        for operation in operations
+    ]
+    return list(dict.fromkeys(found))
+
+
+def script(
+    dialect: str, *, to: int | None = None, start: int = 0, schema: str | None = None, prefix: str = "outbox_"
+) -> str:
+    """The SQL that brings the tables from version ``start`` to ``to`` (below it: downwards), for a DBA. ``dialect``:
+    ``postgresql``, ``mysql``, ``mariadb`` or ``sqlite``. Connects to nothing. Raises `ConfigurationError`."""
+    target = LATEST if to is None else _known(to)
+    tables = tables_for(sa.MetaData(), schema, prefix)
+    found = _script.dialect_of(dialect)
+    place = Place(dialect, tables.schema, prefix)
+    first = _known(start)
+    steps = _upwards(place, first, target) if target >= first else _downwards(place, first, target)
+    return "\n".join(_script.script(steps, found, fresh=first == 0)) + "\n"
+
+
+# ---------------------------------------------------------------- which steps
+
+
+def _upwards(place: Place, start: int, target: int) -> Iterator[tuple[str, list[Operation]]]:
+    checkpoint = _checkpoint(place)
     for version in range(start + 1, target + 1):
         step = STEPS[version - 1]
-        step.upgrade(place)
-        place.record(version)
-        taken.append(step.name)
+        yield step.name, [*step.upgrade(place), *note_version(checkpoint, version)]
+
+
+def _downwards(place: Place, start: int, target: int) -> Iterator[tuple[str, list[Operation]]]:
+    if target == 0 < start:
+        yield STEPS[0].name, list(STEPS[0].downgrade(place))  # the tables, with what later steps added to them
+        return
+    checkpoint = _checkpoint(place)
+    for version in range(start, target, -1):
+        step = STEPS[version - 1]
+        yield step.name, [*step.downgrade(place), *note_version(checkpoint, version - 1)]
+
+
+def _checkpoint(place: Place) -> sa.Table:
+    return tables_for(sa.MetaData(), place.schema, place.prefix).checkpoint
+
+
+def _migrate(
+    online: Online,
+    connection: sa.Connection,
+    schema: str | None,
+    prefix: str,
+    first: int,
+    target: int,
+    downgrade: bool,
+) -> list[str]:
+    if target < first and not downgrade:
+        raise ConfigurationError(
+            f"the tables have version {first}, and {target} is below it. "
+            + ("Version 0 drops them with all that is in them. " if target == 0 else "")
+            + "To go back say so: downgrade=True, or `outbox migrate --downgrade`"
+        )
+    place = Place(connection.dialect.name, schema, prefix)
+    taken = []
+    for name, operations in _upwards(place, first, target) if target >= first else _downwards(place, first, target):
+        online.carry_out(operations)
+        taken.append(name)
+    if target == LATEST:
+        check_schema(connection, tables_for(sa.MetaData(), schema, prefix))
     return taken
 
 
-def _place(op: Operations, schema: str | None, prefix: str) -> tuple[Place, bool]:
-    tables: Tables = tables_for(sa.MetaData(), schema, prefix)
+# ---------------------------------------------------------------- Alembic
+
+
+def _outside(op: Operations) -> Any:
+    """How to leave the revision's transaction: None where it is not Alembic's own."""
+    context = op.get_context()
+    if getattr(context, "_in_external_transaction", False):
+        return None
+
+    @contextmanager
+    def outside() -> Iterator[sa.Connection]:
+        block: AbstractContextManager[Any] = context.autocommit_block()
+        with block:
+            yield op.get_bind()
+
+    return outside
+
+
+def _write(op: Operations, operations: list[Operation], *, fresh: bool) -> None:
+    """Operations into Alembic's script. It has no parameters, and not every ``env.py`` says ``literal_binds=True``."""
     context = op.get_context()
     dialect: sa.Dialect = context.dialect
-    if not context.as_sql:
-        return Place(tables, dialect.name, op.execute), False
-    return Place(tables, dialect.name, lambda statement: op.execute(_without_parameters(statement, dialect))), True
+    postgresql = dialect.name == "postgresql"
+    in_use = postgresql and not fresh
+    if in_use and any(operation.mode != "ROW EXCLUSIVE" for operation in operations):
+        op.execute(sa.text(_script.SET_TIMEOUT))
+    for operation in operations:
+        if in_use and operation.beside is not None:
+            with context.autocommit_block():
+                for line in _script.beside_writers(operation, dialect):
+                    op.execute(sa.text(line.replace(":", r"\:")))
+            op.execute(sa.text(_script.SET_TIMEOUT))
+        else:
+            op.execute(sa.text(_script.sql(operation.statement, dialect).replace(":", r"\:")))
+    if in_use:
+        op.execute(sa.text(_script.RESET_TIMEOUT))
 
 
-def _without_parameters(statement: Any, dialect: sa.Dialect) -> Any:
-    """A script has no parameters, and not every ``env.py`` says ``literal_binds=True``."""
-    if isinstance(statement, sa.schema.ExecutableDDLElement):
-        return statement
-    sql = str(statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
-    return sa.text(sql.replace(":", r"\:"))
+def _start(op: Operations, place: Place, start: int | None, *, unknown: int) -> int:
+    if start is not None:
+        return _known(start)
+    known: dict[Place, int] = getattr(op.get_context(), "_outbox_versions", {})
+    return known.get(place, unknown)
+
+
+def _remember(op: Operations, place: Place, version: int) -> None:
+    """What the tables are at this place of the script, for the revisions that follow in it."""
+    context = op.get_context()
+    context._outbox_versions = {**getattr(context, "_outbox_versions", {}), place: version}
 
 
 def _known(version: int) -> int:
-    if not isinstance(version, int) or not 0 <= version <= LATEST:
+    if not isinstance(version, int) or isinstance(version, bool) or not 0 <= version <= LATEST:
         raise ConfigurationError(
             f"to={version!r}: this pyoutbox knows the outbox tables up to version {LATEST}; "
             "for a newer one: pip install -U pyoutbox"
@@ -121,4 +303,16 @@ def _known(version: int) -> int:
     return version
 
 
-__all__ = ["LATEST", "STEPS", "Operations", "downgrade", "include_object", "migrate", "upgrade"]
+__all__ = [
+    "LATEST",
+    "STEPS",
+    "Operations",
+    "Planned",
+    "downgrade",
+    "include_object",
+    "include_object_for",
+    "migrate",
+    "plan",
+    "script",
+    "upgrade",
+]

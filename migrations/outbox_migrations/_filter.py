@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any
 
 import sqlalchemy as sa
 
-from outbox.tables import Tables, tables_for
+from outbox.tables import tables_for
 
-_OURS: Final[Tables] = tables_for(sa.MetaData(), None, "outbox_")
-_NAMES: Final = frozenset(table.name for table in _OURS.all)
+
+def include_object_for(prefix: str = "outbox_") -> Callable[[Any, str | None, str, bool, Any], bool]:
+    """`include_object` for tables of another prefix, in whatever schema."""
+    names = frozenset(table.name for table in tables_for(sa.MetaData(), None, prefix).all)
+
+    def include_object(object: Any, name: str | None, type_: str, reflected: bool, compare_to: Any) -> bool:
+        return not (type_ == "table" and reflected and compare_to is None and name in names)
+
+    return include_object
+
+
+_default = include_object_for()
 
 
 def include_object(object: Any, name: str | None, type_: str, reflected: bool, compare_to: Any) -> bool:
     """For ``context.configure(include_object=…)`` in ``env.py``: False for outbox tables that are in the database and
     not in your metadata (``env.py`` does not import the module with your `Outbox`), which autogenerate would drop.
 
-    Knows the default prefix only. Not needed with Alembic 1.18 or newer, where the plugin sees to it.
+    Knows the default prefix only (`include_object_for` another). Not needed with Alembic 1.18 or newer, where the plugin
+    sees to it.
     """
-    return not (type_ == "table" and reflected and compare_to is None and name in _NAMES)
+    return _default(object, name, type_, reflected, compare_to)

@@ -1,31 +1,25 @@
-"""What a step is, and where it runs: a database, or the SQL script that Alembic writes."""
+"""What a step is: from one version of the tables to the next, as a list of operations, and back.
+
+What was released is never changed, only added to. A step never reads, since a script cannot; every operation may be run
+again, since a step may be cut off half-way (MySQL commits each statement). And a step adds: what version n - 1 reads and
+writes stays as it is in version n, so that its processes go on while those of version n are rolled out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import sqlalchemy as sa
-
-from outbox.tables import Tables
+from outbox_migrations._operations import Operation
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where steps run. ``execute`` takes one statement without parameters beside it, since a script has none; a step
-    never reads."""
+    """Where a step is to run. ``dialect`` is the database's name, as SQLAlchemy calls it."""
 
-    tables: Tables
     dialect: str
-    execute: Callable[[sa.Executable], Any]
-
-    def record(self, version: int) -> None:
-        """Note the version that the tables now have."""
-        checkpoint = self.tables.checkpoint
-        row = checkpoint.c.name == "schema_version"
-        self.execute(sa.delete(checkpoint).where(row))
-        self.execute(sa.insert(checkpoint).values(name="schema_version", value=str(version)))
+    schema: str | None
+    prefix: str
 
 
 @dataclass(frozen=True)
@@ -33,5 +27,5 @@ class Step:
     """From one version to the next, and back."""
 
     name: str
-    upgrade: Callable[[Place], None]
-    downgrade: Callable[[Place], None]
+    upgrade: Callable[[Place], Iterator[Operation]]
+    downgrade: Callable[[Place], Iterator[Operation]]

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 import outbox_migrations
 from outbox import Outbox
 from outbox.observe.schema import check_schema
+from outbox_migrations import LATEST
 from tests.migrations.project import Project, differences
 
 
@@ -22,7 +23,7 @@ def test_autogenerate_writes_one_line_for_our_tables_and_it_runs_both_ways(tmp_p
 
     assert written.count("outbox_") == 3  # the import, one line up, one line down
     assert "import outbox_migrations\n" in written
-    assert "    outbox_migrations.upgrade(op, to=1)\n" in written
+    assert f"    outbox_migrations.upgrade(op, to={LATEST})\n" in written
     assert "    outbox_migrations.downgrade(op, to=0)\n" in written
     assert "op.create_table('shop_order'" in written
     project.upgrade()
@@ -41,7 +42,7 @@ def test_the_line_says_the_schema_and_the_prefix(tmp_path: Path, postgres: sa.En
         connection.execute(sa.text("create schema app"))
     project = Project(tmp_path, postgres, metadata, include_schemas=True)
     written = project.autogenerate()
-    assert "    outbox_migrations.upgrade(op, to=1, schema='app', prefix='shop_')\n" in written
+    assert f"    outbox_migrations.upgrade(op, to={LATEST}, schema='app', prefix='shop_')\n" in written
     assert "    outbox_migrations.downgrade(op, to=0, schema='app', prefix='shop_')\n" in written
     project.upgrade()
     project.check()
@@ -53,7 +54,7 @@ def test_two_outboxes_on_one_metadata_are_two_lines(tmp_path: Path, sqlite: sa.E
     Outbox(metadata, prefix="audit_outbox_")
     project = Project(tmp_path, sqlite, metadata)
     written = project.autogenerate()
-    assert written.count("outbox_migrations.upgrade(op, to=1") == 2
+    assert written.count(f"outbox_migrations.upgrade(op, to={LATEST}") == 2
     assert "op.create_" not in written
     project.upgrade()
     project.check()
@@ -63,7 +64,7 @@ def test_a_copy_of_our_tables_in_other_metadata_is_one_line_too(tmp_path: Path, 
     collected = sa.MetaData()
     for table in Outbox().tables.all:
         table.to_metadata(collected)
-    assert "    outbox_migrations.upgrade(op, to=1)\n" in Project(tmp_path, sqlite, collected).autogenerate()
+    assert f"    outbox_migrations.upgrade(op, to={LATEST})\n" in Project(tmp_path, sqlite, collected).autogenerate()
 
 
 def test_tables_that_the_metadata_does_not_know_are_not_dropped(engine: sa.Engine) -> None:

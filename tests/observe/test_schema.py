@@ -84,13 +84,13 @@ def test_tables_of_another_schema_are_named(postgresql_engine: sa.Engine) -> Non
 @pytest.mark.parametrize(
     ("version", "said"),
     [
-        ("0", "have version 0; this pyoutbox needs 1. Run `outbox migrate`, or outbox_migrations.upgrade"),
+        ("0", "have version 0; this pyoutbox needs 2. Run `outbox migrate`, or outbox_migrations.upgrade"),
         ("99", "have version 99, made by a newer pyoutbox; .* pip install -U pyoutbox"),
         ("first", "'first', which is no number"),
     ],
 )
 def test_tables_of_another_version(engine: sa.Engine, version: str, said: str) -> None:
-    assert SCHEMA_VERSION == 1
+    assert SCHEMA_VERSION == 2
     outbox = Outbox()
     outbox.metadata.create_all(engine)
     checkpoint = outbox.tables.checkpoint
@@ -105,7 +105,7 @@ def test_a_missing_table_and_a_missing_column_are_named(engine: sa.Engine) -> No
     outbox.metadata.create_all(engine)
     with engine.begin() as connection:
         connection.execute(sa.text("alter table outbox_inbox rename column cycle to circle"))
-    with pytest.raises(SchemaMismatch, match=r"not those of version 1: outbox_inbox\.cycle missing"):
+    with pytest.raises(SchemaMismatch, match=r"not those of version 2: outbox_inbox\.cycle is missing"):
         check(engine, outbox)
     outbox.tables.inbox.drop(engine)
     with pytest.raises(SchemaMismatch, match="incomplete: outbox_inbox is missing"):
@@ -135,7 +135,7 @@ def test_rows_that_a_bare_migration_left_out_are_seeded_and_none_is_changed(engi
     with engine.connect() as connection:
         values = dict(connection.execute(sa.select(tables.checkpoint.c.name, tables.checkpoint.c.value)).all())
         owners = connection.execute(sa.select(tables.lease.c.owner).order_by(tables.lease.c.bucket)).scalars().all()
-    assert (values["outbox_id"], values["schema_version"], values["buckets"]) == (mine, "1", "64")
+    assert (values["outbox_id"], values["schema_version"], values["buckets"]) == (mine, str(SCHEMA_VERSION), "64")
     assert list(owners) == ["somebody"] * 11 + [None] * 53
 
 
