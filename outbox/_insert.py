@@ -23,13 +23,21 @@ _LARGE: Final = 4096
 _TEXTS_AND_NUMBERS: Final = ("id", "bucket", "topic", "key", "type", "content_type", "headers", "deliver_at")
 
 
-def insert(connection: sa.Connection, table: sa.Table, rows: Sequence[dict[str, Any]]) -> None:
-    """Insert rows of one table, given as `_outbox` builds them: all with the same columns."""
-    if len(rows) >= _FEW and _takes_arrays(connection.dialect) and _size(rows) <= _LARGE * len(rows):
-        connection.execute(_from_arrays(table), _arrays(table, rows))
-    else:
-        # a list of parameters, not .values([...]): that costs 74 µs a message to compile
-        connection.execute(_one_by_one(table), rows)
+Rows = Sequence[dict[str, Any]]
+"""Of one table, as `_building` makes them: all with the same columns."""
+
+
+def insert(connection: sa.Connection, table: sa.Table, rows: Rows) -> None:
+    """Insert rows of one table."""
+    connection.execute(*statement(connection.dialect, table, rows))
+
+
+def statement(dialect: sa.Dialect, table: sa.Table, rows: Rows) -> tuple[sa.Insert, Rows | dict[str, Any]]:
+    """The insert of these rows, and its parameters: one set, or a list of them."""
+    if len(rows) >= _FEW and _takes_arrays(dialect) and _size(rows) <= _LARGE * len(rows):
+        return _from_arrays(table), _arrays(table, rows)
+    # a list of parameters, not .values([...]): that costs 74 µs a message to compile
+    return _one_by_one(table), rows
 
 
 @lru_cache(maxsize=64)
@@ -65,7 +73,7 @@ def _from_arrays(table: sa.Table) -> sa.Insert:
     return table.insert().from_select([*names, "payload"], ordered)
 
 
-def _arrays(table: sa.Table, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _arrays(table: sa.Table, rows: Rows) -> dict[str, Any]:
     payloads = [row["payload"] for row in rows]
     lengths = [None if payload is None else len(payload) for payload in payloads]  # of NULL bytes the part is NULL
     return {
@@ -84,5 +92,5 @@ def _takes_arrays(dialect: sa.Dialect) -> bool:
     return (dialect.name, dialect.driver) in _DRIVERS
 
 
-def _size(rows: Sequence[dict[str, Any]]) -> int:
+def _size(rows: Rows) -> int:
     return sum(len(row["payload"] or b"") + len(row["headers"] or "") for row in rows)

@@ -58,7 +58,10 @@ def _clock_postgresql(element: clock, compiler: Any, **kw: Any) -> str:
 @compiles(clock, "sqlite")
 def _clock_sqlite(element: clock, compiler: Any, **kw: Any) -> str:
     # milliseconds, padded to the six digits that SQLAlchemy stores, so that text compares as time does
-    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', {compiler.process(element.clauses, **kw)} || ' seconds')"
+    form = "%Y-%m-%d %H:%M:%f000"
+    if compiler.dialect.paramstyle in ("format", "pyformat"):  # of wrappers, such as Django's
+        form = form.replace("%", "%%")
+    return f"strftime('{form}', 'now', {compiler.process(element.clauses, **kw)} || ' seconds')"
 
 
 @compiles(clock, "mysql", "mariadb")

@@ -39,12 +39,11 @@ def handle(outbox: Outbox, consumer: str, handlers: Handlers, first: object, sec
 
 def _message(outbox: Outbox, event: object) -> Message:
     """What `Outbox.add` would make of it, encoded as it would travel."""
-    declared = declaration(type(event))
-    if declared is None:
+    if declaration(type(event)) is None:
         raise TypeError(
             f"handle() takes an object whose class is declared with @event, or a Message; not a {type(event).__name__}"
         )
-    return outbox._build_event(event, declared, None, None, None)[2]
+    return outbox._rows.one(event)[2]
 
 
 def _is_session(value: object) -> bool:
