@@ -55,14 +55,14 @@ def _sqlite(connection: Any) -> None:
 
 
 def _mysql(connection: Any) -> None:
-    """PyMySQL, aiomysql and asyncmy keep the server's status flags as of its last answer."""
+    """PyMySQL and asyncmy keep the server's status flags as of its last answer."""
     if any(getattr(connection, name, good) != good for name, good in _OPEN):
         raise _closed()
     if not connection.server_status & 1 and connection.get_autocommit():  # SERVER_STATUS_IN_TRANS
         raise _autocommit("call connection.begin() first, or connection.autocommit(False)")
 
 
-_OPEN: Final = (("open", True), ("closed", False), ("connected", True))  # each of the three has one of these
+_OPEN: Final = (("open", True), ("connected", True))  # either has one of these
 
 
 def _mysqlclient(connection: Any) -> None:
@@ -138,7 +138,6 @@ _KNOWN: Final[tuple[tuple[str, str, Driver], ...]] = (
     ("aiosqlite", "Connection", Driver("sqlite.pysqlite", _sqlite, is_async=True)),
     ("pymysql.connections", "Connection", Driver("mysql.pymysql", _mysql)),
     ("MySQLdb.connections", "Connection", Driver("mysql.mysqldb", _mysqlclient)),
-    ("aiomysql.connection", "Connection", Driver("mysql.aiomysql", _mysql, is_async=True)),
     ("tortoise.backends.base.client", "BaseDBAsyncClient", TORTOISE),
     ("asyncmy.connection", "Connection", Driver("mysql.asyncmy", _mysql, is_async=True)),
 )

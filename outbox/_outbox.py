@@ -10,7 +10,7 @@ from typing import Any, overload
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from outbox import _statements, encoding, staging
+from outbox import _ddl, _statements, encoding, staging
 from outbox._awaited import Awaited
 from outbox._building import Builder
 from outbox._message import ABSENT, Key, Message, _Absent
@@ -55,6 +55,12 @@ class Outbox:
     @property
     def metadata(self) -> sa.MetaData:
         return self.tables.metadata
+
+    def ddl(self, database: str) -> str:
+        """The tables as an SQL script for ``"postgresql"``, ``"mysql"``, ``"mariadb"`` or ``"sqlite"``: what ``create_all``
+        would execute, with the rows that the tables begin with. To be run once, by the database's own client or in a
+        migration of another framework; it begins and commits no transaction. Raises `ConfigurationError`."""
+        return _ddl.script(self.tables, database)
 
     @overload
     def add(
@@ -230,7 +236,7 @@ class Outbox:
         bind_arguments: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> Coroutine[Any, Any, Message]:
-        """`add` with ``await``, for an async driver's own connection: asyncpg, psycopg, aiosqlite, aiomysql, asyncmy,
+        """`add` with ``await``, for an async driver's own connection: asyncpg, psycopg, aiosqlite, asyncmy,
         Tortoise's; also for an ``AsyncConnection`` or ``AsyncSession``. The message is inserted at once (a session stages
         it): call it after the statements that lock.
 

@@ -120,11 +120,9 @@ class _Compiled:
         compiled = statement.compile(dialect=dialect, column_keys=list(names))
         self.sql = str(compiled)
         self._order: list[str] | None = compiled.positiontup if compiled.positional else None
-        self._fixed: dict[str, Any] = {
-            name: value for name, value in compiled.construct_params(check=False).items() if name not in names
-        }
+        self._fixed: dict[str, Any] = {name: value for name, value in compiled.params.items() if name not in names}
         self._convert: dict[str, Callable[[Any], Any]] = {}
-        for name, bound in compiled.binds.items():
+        for bound, name in compiled.bind_names.items():
             if driver.text_uuids and isinstance(bound.type, sa.Uuid):
                 self._convert[name] = str
             elif convert := bound.type.dialect_impl(dialect).bind_processor(dialect):

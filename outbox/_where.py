@@ -31,7 +31,7 @@ class DriverConnection(Protocol):
 
 
 class _Cursors(Protocol):
-    """psycopg, aiosqlite, aiomysql, asyncmy"""
+    """psycopg, aiosqlite, asyncmy"""
 
     def cursor(self) -> Any: ...
 
@@ -150,7 +150,7 @@ def _no_transaction_in(where: Any) -> str:
         instead = _INSTEAD.get(
             kind.__module__.partition(".")[0],
             "pass a Session, AsyncSession, scoped session or Connection, or a connection of psycopg, psycopg2, asyncpg, "
-            "sqlite3, aiosqlite, PyMySQL, mysqlclient, aiomysql, asyncmy, Django or Tortoise,",
+            "sqlite3, aiosqlite, PyMySQL, mysqlclient, asyncmy, Django or Tortoise,",
         )
     return f"{kind.__name__} is no session or connection: {instead} whose transaction the message belongs to"
 

@@ -8,11 +8,14 @@
 from __future__ import annotations
 
 import datetime as dt
+import sqlite3
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import assert_type
+from typing import Any, assert_type
 
+import aiosqlite
+import psycopg
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import DeclarativeBase, Session, scoped_session
@@ -144,3 +147,60 @@ async def in_async_code(session: AsyncSession, connection: AsyncConnection, id: 
 
     outbox.claim(session, "billing", id)  # type: ignore[arg-type]
     outbox.cancel(session, id)  # type: ignore[arg-type]
+
+
+# ---- connections of drivers
+
+
+def of_sync_drivers(
+    connection: psycopg.Connection[tuple[Any, ...]],
+    sqlite: sqlite3.Connection,
+    pool: sa.PoolProxiedConnection,
+    id: uuid.UUID,
+) -> None:
+    assert_type(outbox.add(connection, "orders", {"a": 1}, key=1), Message)
+    assert_type(outbox.add(sqlite, OrderPlaced(1, "2")), Message)
+    assert_type(outbox.add(pool, "orders", b""), Message)
+    assert_type(outbox.add_all(sqlite, [OrderPlaced(1, "2")]), list[Message])
+    assert_type(outbox.cancel(connection, id), bool)
+    assert_type(outbox.claim(sqlite, "billing", id), bool)
+
+    outbox.add(sqlite.cursor(), "orders", {})  # type: ignore[call-overload]
+    outbox.add(connection, "orders", {}, key=None)  # type: ignore[call-overload]
+
+
+async def of_async_drivers(
+    connection: psycopg.AsyncConnection[tuple[Any, ...]],
+    sqlite: aiosqlite.Connection,
+    asyncpg: WhatAsyncpgHas,
+    core: AsyncConnection,
+    session: AsyncSession,
+    sync: sqlite3.Connection,
+    id: uuid.UUID,
+) -> None:
+    assert_type(await outbox.aadd(connection, "orders", {"a": 1}, key=1), Message)
+    assert_type(await outbox.aadd(sqlite, OrderPlaced(1, "2"), headers={"a": "b"}), Message)
+    assert_type(await outbox.aadd(asyncpg, "orders", b""), Message)
+    assert_type(await outbox.aadd(core, "orders", b""), Message)
+    assert_type(await outbox.aadd_all(session, [OrderPlaced(1, "2")]), list[Message])
+    assert_type(await outbox.acancel(asyncpg, id), bool)
+    assert_type(await outbox.aclaim(connection, "billing", id, cycle=1), bool)
+
+    outbox.aadd(sqlite, "orders", {})  # type: ignore[unused-coroutine]
+    outbox.add(connection, "orders", {})  # type: ignore[call-overload]
+    outbox.add(sqlite, "orders", {})  # type: ignore[call-overload]
+    outbox.add(asyncpg, "orders", {})  # type: ignore[call-overload]
+    outbox.claim(asyncpg, "billing", id)  # type: ignore[arg-type]
+    await outbox.aadd(sync, "orders", {})  # type: ignore[call-overload]
+    await outbox.aadd(connection, "orders", {}, key=None)  # type: ignore[call-overload]
+    await outbox.aclaim(sync, "billing", id)  # type: ignore[arg-type]
+
+
+class WhatAsyncpgHas:
+    """It has no types of its own."""
+
+    def is_in_transaction(self) -> bool:
+        raise NotImplementedError
+
+    async def executemany(self, command: str, args: Any, *, timeout: float | None = None) -> None:
+        raise NotImplementedError

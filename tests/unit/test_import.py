@@ -43,6 +43,20 @@ print(*sorted(set(sys.modules) - had))
     assert set(run(code).split()) & UNWANTED == set()
 
 
+def test_a_driver_s_own_connection_brings_no_other_driver() -> None:
+    code = """
+import sqlite3, sys, sqlalchemy.orm
+had = set(sys.modules)
+from outbox import Outbox
+outbox = Outbox()
+connection = sqlite3.connect(":memory:")
+connection.executescript(outbox.ddl("sqlite"))
+outbox.add(connection, "orders", b"bytes need no encoder", key=1)
+print(*sorted(set(sys.modules) - had))
+"""
+    assert set(run(code).split()) & UNWANTED == set()
+
+
 def test_the_names_that_are_loaded_later_are_there() -> None:
     code = "import outbox; [getattr(outbox, name) for name in outbox.__all__]; print(*sorted(vars(outbox)))"
     assert {"Consumer", "DeadLetters", "Relay", "Transport"} <= set(run(code).split())
