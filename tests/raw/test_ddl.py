@@ -120,9 +120,8 @@ def test_the_client_of_the_database_makes_what_create_all_makes(database: str, u
         engine.dispose()
 
 
+@pytest.mark.parametrize("database", ["sqlite", pytest.param("postgresql", marks=servers)], indirect=True)
 def test_a_relay_sends_what_was_written_into_them(database: str, urls: tuple[str, str]) -> None:
-    if database == "mariadb":
-        pytest.skip("no relay yet")
     outbox = Outbox()
     run(database, urls[0], outbox.ddl(database))
     engine = sa.create_engine(sa.make_url(urls[0]).set(drivername=DRIVERS.get(database, database)))
