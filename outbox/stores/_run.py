@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import sqlalchemy as sa
 
 from outbox.errors import StoreUnavailable
+from outbox.stores import pooler
 
 if TYPE_CHECKING:
     import psycopg
@@ -61,7 +62,8 @@ class Runner:
 
     async def raw_psycopg(self) -> psycopg.AsyncConnection[Any]:
         """A connection for psycopg's async interface, in autocommit mode, made as the engine makes its own: whatever its
-        ``creator``, ``connect_args`` and ``do_connect`` say (IAM logins) holds here too."""
+        ``creator``, ``connect_args`` and ``do_connect`` say (IAM logins) holds here too. Its ``prepare_threshold`` is None
+        where the engine says so, and behind a pooler."""
         import psycopg
 
         try:
@@ -76,6 +78,7 @@ class Runner:
                 connection = await self._in_thread(_borrow, self.engine.sync_engine, discard=_finish)
             try:
                 await connection.set_autocommit(True)
+                await pooler.prepare_nothing_behind(connection)
             except BaseException:
                 connection.pgconn.finish()
                 raise
@@ -106,7 +109,7 @@ def _borrow(engine: sa.Engine) -> psycopg.AsyncConnection[Any]:
         sync.execute("deallocate all")
         sync.rollback()
     connection: psycopg.AsyncConnection[Any] = psycopg.AsyncConnection(sync.pgconn)
-    connection.prepare_threshold = sync.prepare_threshold  # None is what people behind PgBouncer set
+    connection.prepare_threshold = sync.prepare_threshold
     # Both wrap one libpq connection, which closes once: with the second, the first is closed too. Kept together, so that
     # the first is not taken for forgotten while the second works.
     connection._outbox_made_by = sync  # type: ignore[attr-defined]
@@ -154,5 +157,7 @@ def unavailable(engine: sa.Engine | AsyncEngine, error: BaseException) -> StoreU
         hint = "; the file or its folder is not writable for this user"
     elif "database is locked" in what:
         hint = "; another process (a long transaction, another relay) held SQLite's write lock past the busy timeout"
+    elif engine.dialect.name == "postgresql" and what.startswith("prepared statement "):
+        hint = pooler.HINT
     # without its query, which may hold a password too
     return StoreUnavailable(f"{engine.url.set(query={}).render_as_string(hide_password=True)}: {what}{hint}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import sqlalchemy as sa
 
 from outbox.errors import ConfigurationError, MissingExtra, StoreUnavailable
+from outbox.stores import pooler
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -188,6 +189,9 @@ def _options(url: sa.URL, pool_size: int | None, pre_ping: bool) -> dict[str, An
         if url.database in (None, "", ":memory:"):
             return options  # such a database has a pool of its own kind, of one connection a thread
     else:
+        if url.get_driver_name() == "asyncpg" and url.query.get("prepared_statement_cache_size") == "0":
+            # asyncpg's own cache cannot be named in a URL; without either of them, statements have no names
+            options["connect_args"] = {"statement_cache_size": 0}
         # a connection that died while it waited in the pool is found out before it is used
         options["pool_pre_ping"] = pre_ping
     if pool_size is not None:
@@ -225,6 +229,8 @@ def _prepare(engine: sa.Engine, create: bool) -> None:
         if not create:
             # at each connect, so that a file that is there by then does, and one that is gone does not come back empty
             sa.event.listen(engine, "do_connect", _require_file)
+    elif engine.dialect.name == "postgresql" and engine.dialect.driver == "psycopg":
+        sa.event.listen(engine, "connect", pooler.prepare_nothing_behind_one)
 
 
 def _require_file(dialect: object, record: object, arguments: list[Any], options: dict[str, Any]) -> None:

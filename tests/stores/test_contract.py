@@ -16,7 +16,12 @@ from outbox.store import Store
 from outbox.stores import open_store, postgresql, sqlite
 from tests.relay.database import Database, key_in_bucket
 
-DRIVERS = ["sqlite", "sqlite+aiosqlite", "postgresql+psycopg", "postgresql+psycopg async", "postgresql+asyncpg"]
+POOLED = " through pgbouncer"
+DRIVERS = [
+    *("sqlite", "sqlite+aiosqlite"),
+    *("postgresql+psycopg", "postgresql+psycopg async", "postgresql+asyncpg"),
+    *("postgresql+psycopg" + POOLED, "postgresql+asyncpg" + POOLED),
+]
 
 
 @pytest.fixture(params=DRIVERS)
@@ -31,8 +36,12 @@ def database(request: pytest.FixtureRequest, driver: str) -> Database:
 
 
 @pytest.fixture
-async def store(database: Database, driver: str) -> AsyncIterator[Store]:
-    url = sa.make_url(database.url).set(drivername=driver.split()[0])
+async def store(request: pytest.FixtureRequest, database: Database, driver: str) -> AsyncIterator[Store]:
+    pooled = driver.endswith(POOLED)
+    found = request.getfixturevalue("pgbouncer").through(database.url) if pooled else database.url
+    url = sa.make_url(found).set(drivername=driver.split()[0])
+    if pooled and url.drivername.endswith("asyncpg"):
+        url = url.set(query={"prepared_statement_cache_size": "0"})
     engine: Any = None
     if "async" in driver:
         engine = create_async_engine(url)

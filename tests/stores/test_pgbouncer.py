@@ -1,0 +1,93 @@
+"""PgBouncer in transaction mode between a store and PostgreSQL: each transaction on another backend, and what becomes of
+the server behind it is hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from outbox.errors import StoreUnavailable
+from outbox.stores import open_store
+from outbox.stores.postgresql import PostgresqlStore
+from tests.relay.database import Database
+from tests.services import PgbouncerServer, PostgresqlServer
+from tests.services.pgbouncer import BACKENDS
+
+# What a session can keep from one transaction to the next, but for the settings that PgBouncer keeps for each client.
+KEPT = "('client_encoding', 'DateStyle', 'TimeZone', 'standard_conforming_strings', 'application_name')"
+SESSION_STATE = f"""
+    select 'prepared statement ' || name from pg_prepared_statements
+    union all select 'listens to ' || pg_listening_channels()
+    union all select 'advisory lock ' || objid from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()
+    union all select 'cursor ' || name from pg_cursors where is_holdable
+    union all select 'temporary table ' || relname from pg_class where relnamespace = pg_my_temp_schema()
+    union all select 'setting ' || name from pg_settings where source = 'session' and name not in {KEPT}
+"""
+
+
+@pytest.fixture
+def pooled_url(pgbouncer: PgbouncerServer, on_postgresql: Database) -> str:
+    return pgbouncer.through(on_postgresql.url)
+
+
+def session_state(url: str) -> list[str]:
+    """What is left on the backends, each of which is asked in a transaction that is open beside the others'."""
+    with ExitStack() as exit:
+        connections = [exit.enter_context(psycopg.connect(url, prepare_threshold=None)) for _ in range(BACKENDS)]
+        return [text for connection in connections for (text,) in connection.execute(SESSION_STATE)]
+
+
+async def work(store: Any, database: Database) -> None:
+    """More of everything than it takes psycopg to prepare a statement."""
+    for _ in range(12):
+        database.add("a", "b")
+        rows = await store.read(None, (), (), 10)
+        assert len(rows) == 2
+        assert await store.read(None, [row.position for row in rows], (), 10) == []
+        assert await store.settle([row.position for row in rows]) == 2
+        assert await store.run(lambda c: c.scalar(sa.select(sa.func.count()).select_from(database.tables.message))) == 0
+
+
+@pytest.mark.parametrize("driver", ["postgresql", "postgresql+asyncpg"])
+async def test_a_relay_needs_no_setting_behind_it_and_leaves_nothing_on_a_session(
+    pooled_url: str, on_postgresql: Database, driver: str
+) -> None:
+    url = sa.make_url(pooled_url).set(drivername=driver)
+    if driver == "postgresql+asyncpg":
+        url = url.set(query={"prepared_statement_cache_size": "0"})
+    store = open_store(url, on_postgresql.tables)
+    await work(store, on_postgresql)
+    await store.close()
+    assert session_state(pooled_url) == []
+
+
+async def test_without_it_statements_are_prepared(on_postgresql: Database) -> None:
+    store = open_store(on_postgresql.url, on_postgresql.tables)
+    await work(store, on_postgresql)
+    assert isinstance(store, PostgresqlStore)
+    for line in (store._reader, store._settler):
+        assert line.connection is not None
+        rows = await (await line.connection.execute("select count(*) from pg_prepared_statements")).fetchone()
+        assert rows is not None
+        assert rows[0] > 0
+    await store.close()
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_an_engine_of_the_users_with_prepared_statements_is_told_what_to_set(
+    pooled_url: str, on_postgresql: Database, kind: str
+) -> None:
+    url = sa.make_url(pooled_url).set(drivername="postgresql+psycopg")
+    engine: Any = (create_async_engine if kind == "async" else sa.create_engine)(url)
+    store = open_store(engine, on_postgresql.tables)
+    with pytest.raises(StoreUnavailable, match=r"PgBouncer.*connect_args=\{'prepare_threshold': None\}"):
+        for _ in range(20):
+            await store.run(lambda c: c.scalar(sa.select(sa.func.count()).select_from(on_postgresql.tables.lease)))
+    await store.close()
+    engine.dispose() if kind == "sync" else await engine.dispose()
