@@ -40,9 +40,10 @@ class Store(Protocol):
         """Read from the first row again: buckets changed hands, or a connection was lost."""
         ...
 
-    async def settle(self, positions: Sequence[int]) -> int:
+    async def settle(self, rows: Sequence[Outgoing]) -> int:
         """Delete rows that the broker acknowledged; returns how many were still there. Never repeated after an error:
-        after a fail-over a position can be another message."""
+        after a fail-over a position can be another message. A store whose connections may survive a fail-over (behind a
+        pooler) therefore names rows by position **and** id."""
         ...
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:

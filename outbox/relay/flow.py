@@ -414,7 +414,7 @@ class Flow:
                 rows, self._acked = self._acked, []
                 generation = self.generation
                 try:
-                    await self.store.settle([row.position for row in rows])
+                    await self.store.settle(rows)
                 except Exception as error:
                     # never repeated: after a fail-over a position can be another message
                     unforeseen = None if isinstance(error, StoreUnavailable) else error

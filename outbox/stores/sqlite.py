@@ -82,7 +82,9 @@ class SqliteStore:
             if found or len(rows) < limit or rewound != self._rewound:
                 return found
 
-    async def settle(self, positions: Sequence[int]) -> int:
+    async def settle(self, rows: Sequence[Outgoing]) -> int:
+        positions = [row.position for row in rows]  # enough: a file does not fail over
+
         def delete(connection: sa.Connection) -> int:
             count = 0
             for at in range(0, len(positions), SETTLE_AT_ONCE):

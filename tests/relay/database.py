@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from outbox import Outbox
-from outbox._message import bucket_of, new_id
+from outbox._message import Outgoing, bucket_of, new_id
 from outbox.stores.engine import sync_engine_for
 
 
@@ -78,6 +78,11 @@ def row(key: str | None, *, topic: str = "orders", **columns: Any) -> dict[str, 
         "headers": None,
     }
     return made | columns
+
+
+def at(position: int) -> Outgoing:
+    """A row at that position, for what asks for no more of it."""
+    return Outgoing(position, str(new_id()), "orders", None, None, None, None, None, 0)
 
 
 def key_in_bucket(bucket: int) -> str:

@@ -40,8 +40,8 @@ class Faulty:
     ) -> list[Outgoing]:
         return await self._do("read", lambda: self.store.read(buckets, in_flight, without_topics, limit))
 
-    async def settle(self, positions: Sequence[int]) -> int:
-        return await self._do("settle", lambda: self.store.settle(positions))
+    async def settle(self, rows: Sequence[Outgoing]) -> int:
+        return await self._do("settle", lambda: self.store.settle(rows))
 
     async def run(self, work: Callable[[sa.Connection], Any]) -> Any:
         # the work of a transaction is mostly a lambda, here named for the function that it calls

@@ -140,9 +140,10 @@ class World:
             self.ids.update({row.position: row.id for row in rows})
             return rows
 
-        async def settling(positions: Sequence[int]) -> int:
-            self.settled_unasked += [self.ids[p] for p in positions if self.ids[p] not in self.acked]
-            return await settle(positions)
+        async def settling(rows: Sequence[Outgoing]) -> int:
+            ids = [self.ids[row.position] for row in rows]
+            self.settled_unasked += [id for id in ids if id not in self.acked]
+            return await settle(rows)
 
         store.before = store.after = fault
         store.store.read, store.store.settle = reading, settling  # type: ignore[method-assign]

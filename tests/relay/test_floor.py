@@ -17,7 +17,7 @@ import pytest
 from outbox.stores import postgresql
 from outbox.stores.engine import sync_engine_for
 from outbox.stores.postgresql import WAITING, Floor, PostgresqlStore
-from tests.relay.database import Database, key_in_bucket
+from tests.relay.database import Database, at, key_in_bucket
 
 KEYS = 8
 WRITERS = 12
@@ -137,7 +137,7 @@ async def test_the_store_inverts_nothing_and_loses_nothing(
             finished = over
             rows = await store.read(None, (), (), limit)
             sent += [(row.key or "", int(row.payload or b"")) for row in rows]
-            await store.settle([row.position for row in rows])
+            await store.settle(rows)
             floors.add(store._floor.position)
             if finished and not rows:
                 break
@@ -213,7 +213,7 @@ async def test_a_late_commit_comes_before_what_was_committed_after_it(
         for n in range(5):
             on_postgresql.add(f"quick-{n}")
             assert await read_all(store, in_flight) == [f"quick-{n}"]
-            await store.settle(list(in_flight))
+            await store.settle([at(position) for position in in_flight])
     on_postgresql.add("slow-2")
     assert await read_all(store, in_flight) == ["slow-1", "slow-2"]
     await store.close()

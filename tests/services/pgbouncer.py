@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
@@ -20,6 +21,8 @@ from tests.services.unpack import debian_unpacked
 SUITE = "bookworm"  # which has 1.18
 BACKENDS = 4  # server connections of a database, once `through` has been called
 
+ADMINISTRATOR = "pgbouncer"
+
 SETTINGS = {
     "listen_addr": "127.0.0.1",
     "unix_socket_dir": "",
@@ -29,7 +32,7 @@ SETTINGS = {
     "server_round_robin": "1",
     "default_pool_size": "30",
     "max_client_conn": "200",
-    "admin_users": "pgbouncer",
+    "admin_users": ADMINISTRATOR,
     # Its default waits 15 s before it tries a server again that was away.
     "server_login_retry": "1",
 }
@@ -48,6 +51,23 @@ class PgbouncerServer(Server):
                 connection = exit.enter_context(psycopg.connect(urlunsplit(pooled), connect_timeout=5))
                 connection.execute("SELECT 1")
         return urlunsplit(pooled)
+
+    @contextmanager
+    def paused(self, url: str) -> Iterator[None]:
+        """No server connection to the database at `url` during this block; its clients wait, and notice nothing."""
+        name = urlsplit(url).path.lstrip("/")
+        self._tell(f"PAUSE {name}")
+        try:
+            yield
+        finally:
+            self._tell(f"RESUME {name}")
+
+    def _tell(self, command: str) -> None:
+        address = urlsplit(self.url).netloc.rpartition("@")[2]
+        with psycopg.connect(f"postgresql://{ADMINISTRATOR}@{address}/pgbouncer", autocommit=True) as console:
+            result = console.pgconn.exec_(command.encode())  # it knows the simple protocol only
+            if result.status != psycopg.pq.ExecStatus.COMMAND_OK:
+                raise RuntimeError(f"{command}: {result.error_message.decode()}")
 
 
 class Pgbouncer(Service[PgbouncerServer]):
@@ -78,7 +98,7 @@ class Pgbouncer(Service[PgbouncerServer]):
         settings = "".join(f"{name} = {value}\n" for name, value in (SETTINGS | {"listen_port": str(port)}).items())
         database = f"* = host={upstream.hostname} port={upstream.port or 5432}"
         (folder / "pgbouncer.ini").write_text(f"[databases]\n{database}\n[pgbouncer]\n{settings}{more}")
-        (folder / "users").write_text(f'"{upstream.username}" "{upstream.password or ""}"\n"pgbouncer" ""\n')
+        (folder / "users").write_text(f'"{upstream.username}" "{upstream.password or ""}"\n"{ADMINISTRATOR}" ""\n')
         control = LocalProcess(
             [*command, "pgbouncer.ini"], folder, user=user, discard_by_kill=True, detached=options.detached
         )

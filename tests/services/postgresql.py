@@ -69,6 +69,14 @@ class PostgresqlServer(DatabaseServer):
                 connection.execute(sql.SQL("ROLLBACK PREPARED {}").format(sql.Literal(gid)))
         self._execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
+    def replace_database(self, url: str, template: str) -> None:
+        """Put a copy of the database at `template` in the place of the one at `url`, as a restore or a fail-over that
+        lost commits does: sessions end, and positions are given out again."""
+        new = self.create_database(template=template)
+        self.drop_database(url)
+        names = sql.Identifier(_database(new)), sql.Identifier(_database(url))
+        self._execute(sql.SQL("ALTER DATABASE {} RENAME TO {}").format(*names))
+
     def _execute(self, statement: str | sql.Composed, *parameters: str) -> None:
         with _connect(self.url) as connection:
             connection.execute(statement, parameters or None)

@@ -107,7 +107,7 @@ async def test_buckets_that_are_new_are_read_from_their_beginning(store: Store, 
     one, two = key_in_bucket(1), key_in_bucket(2)
     database.add(two, one)
     rows = await store.read([1], (), (), 10)
-    await store.settle([row.position for row in rows])
+    await store.settle(rows)
     assert await read(store, buckets=[1]) == []
     assert await read(store, buckets=None) == [two]
 
@@ -117,7 +117,7 @@ async def test_topics_that_are_left_out_are_read_from_their_beginning_later(stor
     database.add("b", topic="up")
     rows = await store.read(None, (), ["down"], 10)
     assert [row.key for row in rows] == ["b"]
-    await store.settle([row.position for row in rows])
+    await store.settle(rows)
     database.add("c", topic="down")
     assert await read(store) == ["a", "c"]
 
@@ -125,8 +125,9 @@ async def test_topics_that_are_left_out_are_read_from_their_beginning_later(stor
 async def test_settling_removes_what_was_named_and_tells_how_many(store: Store, database: Database) -> None:
     database.add(*["k"] * 1300)
     rows = await store.read(None, (), (), 2000)
-    assert await store.settle([row.position for row in rows[:1200]]) == 1200
-    assert await store.settle([rows[0].position, rows[1200].position, 10**9]) == 1
+    assert await store.settle(rows[:1200]) == 1200
+    nowhere = rows[1]._replace(position=10**9)
+    assert await store.settle([rows[0], rows[1200], nowhere]) == 1
     assert database.count() == 99
     assert await store.settle([]) == 0
 

@@ -3,7 +3,6 @@ the server behind it is hidden."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from outbox.errors import StoreUnavailable
+from outbox.store import Store
 from outbox.stores import open_store
 from outbox.stores.postgresql import PostgresqlStore
 from tests.relay.database import Database
@@ -43,15 +43,20 @@ def session_state(url: str) -> list[str]:
         return [text for connection in connections for (text,) in connection.execute(SESSION_STATE)]
 
 
-async def work(store: Any, database: Database) -> None:
+async def work(store: Store, database: Database) -> None:
     """More of everything than it takes psycopg to prepare a statement."""
     for _ in range(12):
         database.add("a", "b")
         rows = await store.read(None, (), (), 10)
         assert len(rows) == 2
         assert await store.read(None, [row.position for row in rows], (), 10) == []
-        assert await store.settle([row.position for row in rows]) == 2
+        assert await store.settle(rows) == 2
         assert await store.run(lambda c: c.scalar(sa.select(sa.func.count()).select_from(database.tables.message))) == 0
+
+
+async def many_times(store: Store, query: sa.Select[Any]) -> None:
+    for _ in range(20):
+        await store.run(lambda c: c.scalar(query))
 
 
 @pytest.mark.parametrize("driver", ["postgresql", "postgresql+asyncpg"])
@@ -87,7 +92,24 @@ async def test_an_engine_of_the_users_with_prepared_statements_is_told_what_to_s
     engine: Any = (create_async_engine if kind == "async" else sa.create_engine)(url)
     store = open_store(engine, on_postgresql.tables)
     with pytest.raises(StoreUnavailable, match=r"PgBouncer.*connect_args=\{'prepare_threshold': None\}"):
-        for _ in range(20):
-            await store.run(lambda c: c.scalar(sa.select(sa.func.count()).select_from(on_postgresql.tables.lease)))
+        await many_times(store, sa.select(sa.func.count()).select_from(on_postgresql.tables.lease))
     await store.close()
     engine.dispose() if kind == "sync" else await engine.dispose()
+
+
+async def test_what_took_a_position_in_a_restored_database_is_not_settled_for_what_had_it_before(
+    pooled_url: str, on_postgresql: Database, pgbouncer: PgbouncerServer, postgresql: PostgresqlServer, template: str
+) -> None:
+    """PgBouncer keeps the relay's connections open while the server behind it is replaced."""
+    store = open_store(pooled_url, on_postgresql.tables)
+    on_postgresql.add("sent", "sent too")
+    sent = await store.read(None, (), (), 10)
+    with pgbouncer.paused(pooled_url):
+        on_postgresql.close()
+        postgresql.replace_database(on_postgresql.url, template)
+    (new,) = on_postgresql.add("not sent")
+    found = on_postgresql.rows("message")
+    assert [row.position for row in found] == [sent[0].position]
+    assert await store.settle(sent) == 0
+    assert [row.id for row in await store.read(None, (), (), 10)] == [new]
+    await store.close()

@@ -16,8 +16,9 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from outbox.errors import StoreUnavailable
 from outbox.stores import open_store
 from outbox.stores.postgresql import PostgresqlStore
-from tests.relay.database import Database
+from tests.relay.database import Database, at
 from tests.relay.running import eventually
+from tests.services import PostgresqlServer
 
 APPLICATION = "a store under test"
 
@@ -52,10 +53,10 @@ async def test_a_lost_connection_is_said_and_made_anew(on_postgresql: Database) 
     with pytest.raises(StoreUnavailable, match="terminat"):
         await store.read(None, (), (), 10)
     assert await store.read(None, (), (), 10) == rows
-    assert await store.settle([rows[0].position]) == 1
+    assert await store.settle(rows[:1]) == 1
     end(on_postgresql, "delete from")
     with pytest.raises(StoreUnavailable):
-        await store.settle([rows[1].position])
+        await store.settle(rows[1:2])
     assert [row.key for row in await store.read(None, (), (), 10)] == ["b"]
     await store.close()
 
@@ -67,7 +68,7 @@ async def test_a_settle_under_way_survives_the_loss_of_the_reading_connection(on
     (row,) = await store.read(None, (), (), 10)
     with on_postgresql.open_transaction() as holder:
         holder.execute(sa.select(on_postgresql.tables.message).with_for_update())
-        settling = asyncio.create_task(store.settle([row.position]))
+        settling = asyncio.create_task(store.settle([row]))
         await eventually(lambda: sessions(on_postgresql, "delete from"))
         end(on_postgresql, "select position")
         with pytest.raises(StoreUnavailable):
@@ -92,6 +93,23 @@ async def test_after_one_connection_is_lost_the_other_is_replaced_too(on_postgre
     await store.close()
 
 
+async def test_what_was_read_is_not_settled_on_a_connection_that_was_made_after_it(
+    on_postgresql: Database, postgresql: PostgresqlServer, template: str
+) -> None:
+    """It may be to another server, where another message has the position. Here the reader has not noticed yet."""
+    store = store_of(on_postgresql)
+    on_postgresql.add("sent")
+    sent = await store.read(None, (), (), 10)
+    on_postgresql.close()
+    postgresql.replace_database(on_postgresql.url, template)
+    on_postgresql.add("not sent")
+    assert [row.position for row in on_postgresql.rows("message")] == [sent[0].position]
+    with pytest.raises(StoreUnavailable):
+        await store.settle(sent)
+    assert [row.key for row in await store.read(None, (), (), 10)] == ["not sent"]
+    await store.close()
+
+
 async def test_a_read_that_is_cancelled_leaves_a_store_that_works(on_postgresql: Database) -> None:
     on_postgresql.add("a")
     store = store_of(on_postgresql)
@@ -112,7 +130,7 @@ async def test_a_server_that_is_away_is_unavailable_and_no_password_is_shown(on_
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     store = open_store(f"postgresql://someone:s3cret@127.0.0.1:{port}/shop", on_postgresql.tables)
-    for call in (lambda: store.read(None, (), (), 1), lambda: store.settle([1]), lambda: store.run(lambda c: None)):
+    for call in (lambda: store.read(None, (), (), 1), lambda: store.settle([at(1)]), lambda: store.run(lambda c: None)):
         with pytest.raises(StoreUnavailable) as told:
             await call()
         assert "someone" in str(told.value)
@@ -134,7 +152,7 @@ async def test_a_server_that_has_become_read_only_is_unavailable(on_postgresql: 
     """A former primary after a fail-over."""
     store = store_of(on_postgresql, options="-c default_transaction_read_only=on")
     with pytest.raises(StoreUnavailable, match="read-only"):
-        await store.settle([1])
+        await store.settle([at(1)])
     with pytest.raises(StoreUnavailable, match="read-only"):
         await store.run(lambda c: c.execute(sa.delete(on_postgresql.tables.message)))
     await store.close()
@@ -158,7 +176,7 @@ async def test_closing_leaves_no_connection_and_no_warning(on_postgresql: Databa
         warnings.simplefilter("always")
         for _ in range(3):
             await store.read(None, (), (), 10)
-            await store.settle([1])
+            await store.settle([at(1)])
             await store.run(lambda c: c.execute(sa.text("select 1")))
             gc.collect()
         await store.close()
@@ -232,7 +250,7 @@ async def test_a_connection_that_has_prepared_statements_can_be_borrowed(on_post
         await store.run(lambda c: c.execute(sa.text("select 1")))
     for _ in range(8):
         await store.read(None, (), (), 10)
-        await store.settle([1])
+        await store.settle([at(1)])
     await store.close()
 
 

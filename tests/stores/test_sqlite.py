@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from outbox._message import Outgoing
 from outbox.errors import StoreUnavailable
 from outbox.stores.sqlite import SqliteStore
-from tests.relay.database import Database
+from tests.relay.database import Database, at
 
 
 def impatient(database: Database, wait: float = 0.05) -> SqliteStore:
@@ -27,7 +27,7 @@ async def test_a_settle_that_finds_the_file_locked_is_tried_again(on_sqlite: Dat
     rows = await store.read(None, (), (), 10)
     writer = on_sqlite.engine.connect()
     writer.exec_driver_sql("begin immediate")
-    settling = asyncio.create_task(store.settle([row.position for row in rows]))
+    settling = asyncio.create_task(store.settle(rows))
     await asyncio.sleep(0.25)
     assert not settling.done()
     writer.rollback()
@@ -42,7 +42,7 @@ async def test_a_file_that_stays_locked_is_unavailable(on_sqlite: Database) -> N
     with on_sqlite.open_transaction() as writer:
         writer.exec_driver_sql("begin immediate")
         with pytest.raises(StoreUnavailable, match="write lock past the busy timeout"):
-            await store.settle([1])
+            await store.settle([at(1)])
         assert await store.read(None, (), (), 10) == []
     await store.close()
 
@@ -52,7 +52,7 @@ async def test_a_file_that_cannot_be_written_is_said(on_sqlite: Database) -> Non
     engine = sa.create_engine(f"sqlite:///file:{path}?mode=ro&uri=true")
     store = SqliteStore(on_sqlite.tables, engine, ours=True)
     with pytest.raises(StoreUnavailable, match="not writable for this user"):
-        await store.settle([1])
+        await store.settle([at(1)])
     await store.close()
 
 
@@ -101,12 +101,12 @@ async def test_readers_and_writers_at_once_lose_nothing(on_sqlite: Database) -> 
     found: list[Outgoing] = []
     while len(found) < 300:
         rows = await store.read(None, (), (), 50)
-        await store.settle([row.position for row in rows])
+        await store.settle(rows)
         found += rows
     over.set()
     await asyncio.to_thread(lambda: [writer.join() for writer in writers])
     while rows := await store.read(None, (), (), 50):
-        await store.settle([row.position for row in rows])
+        await store.settle(rows)
         found += rows
     assert sorted(row.id for row in found) == sorted(added)
     assert [row.position for row in found] == sorted(row.position for row in found)
