@@ -26,6 +26,11 @@ def _libpq(connection: Any) -> None:
         raise _closed()
     if status == 3:  # INERROR
         raise _failed()
+    if status == 1 and connection.autocommit:  # ACTIVE
+        raise TransactionError(
+            "the connection is in autocommit mode and has statements in flight, so that it does not know whether it is in a "
+            "transaction: call pipeline.sync() first"
+        )
     if status != 2 and connection.autocommit:  # INTRANS
         raise _autocommit("use `with connection.transaction():`, or set connection.autocommit = False")
 

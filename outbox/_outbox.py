@@ -14,7 +14,7 @@ from outbox import _ddl, _statements, encoding, staging
 from outbox._awaited import Awaited
 from outbox._building import Builder
 from outbox._message import ABSENT, Key, Message, _Absent
-from outbox._where import AsyncWhere, SyncWhere, Where, awork, put, resolve, resolve_async, run
+from outbox._where import AsyncWhere, SyncWhere, Where, awork, put, resolve, resolve_async, run, session_of
 from outbox.errors import ConfigurationError
 from outbox.tables import Tables, tables_for
 
@@ -151,10 +151,10 @@ class Outbox:
             put(target, built, bind_arguments)
         return [message for _, _, message in built]
 
-    def staged(self, where: Where) -> list[Message]:
+    def staged(self, where: Where | AsyncWhere) -> list[Message]:
         """The messages that wait for the commit of this session, in order. Empty on a connection: there they are rows."""
-        target = resolve(where, "staged")
-        return staging.staged(target) if isinstance(target, Session) else []
+        session = session_of(where)
+        return [] if session is None else staging.staged(session)
 
     def cancel(
         self,

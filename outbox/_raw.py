@@ -33,6 +33,9 @@ def execute(driver: Driver, connection: Any, work: Work) -> int:
     for call in _calls(driver, work):
         with closing(_cursor(driver, connection)) as cursor:
             (cursor.executemany if call.many else cursor.execute)(call.sql, call.parameters)
+            if _is_not_answered(driver, cursor, call):
+                with connection.pipeline():
+                    pass
             count = cursor.rowcount
         _tell(call)
     return count
@@ -52,6 +55,9 @@ async def aexecute(driver: Driver, connection: Any, work: Work) -> int:
         if driver is not ASYNCPG:
             async with _cursor(driver, connection) as cursor:
                 await (cursor.executemany if call.many else cursor.execute)(call.sql, call.parameters)
+                if _is_not_answered(driver, cursor, call):
+                    async with connection.pipeline():
+                        pass
                 count = cursor.rowcount
         elif call.many:
             await connection.executemany(call.sql, call.parameters)
@@ -66,6 +72,12 @@ def _cursor(driver: Driver, connection: Any) -> Any:
         psycopg: Any = sys.modules["psycopg"]
         return psycopg.AsyncCursor(connection) if driver.is_async else psycopg.Cursor(connection)
     return connection.cursor()
+
+
+def _is_not_answered(driver: Driver, cursor: Any, call: _Call) -> bool:
+    """Whether we ask how many rows it touched and psycopg, in a pipeline, does not know yet. At the end of an inner block
+    of the pipeline it does."""
+    return not call.rows and cursor.rowcount < 0 and driver in PSYCOPG
 
 
 def _tell(call: _Call) -> None:

@@ -106,6 +106,15 @@ def resolve(where: Any, verb: str, *, sync_only: bool = False) -> Target:
     return raw
 
 
+def session_of(where: Any) -> Session | None:
+    """The sync session behind ``where``; None behind a connection, also an async one. Raises `TypeError`."""
+    where = _of_registry(where)
+    if hasattr(where, "sync_connection") or ((raw := _raw_of(where)) and raw.driver.is_async):
+        return None
+    target = resolve(where, "staged")
+    return target if isinstance(target, Session) else None
+
+
 def resolve_async(where: Any, verb: str) -> Any:
     """``where``, if it is something async: a `Raw`, or what has a ``run_sync``. Raises `TypeError`."""
     where = _of_registry(where)

@@ -69,7 +69,7 @@ class DjangoOrder(models.Model):
 
 
 class Django(Orm):
-    """The shop in SQLite is its default database, that in PostgreSQL another one."""
+    """The shop in SQLite is its default database, that of a server another one."""
 
     databases: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -80,9 +80,9 @@ class Django(Orm):
             self.alias = "default"
             self.databases[self.alias] = {"ENGINE": "django.db.backends.sqlite3", "NAME": url.database}
         else:
-            self.alias = "postgresql"
+            self.alias = shop.engine.dialect.name
             place = {"NAME": url.database, "USER": url.username, "HOST": url.host, "PORT": url.port}
-            self.databases[self.alias] = {"ENGINE": "django.db.backends.postgresql", **place}
+            self.databases[self.alias] = {"ENGINE": f"django.db.backends.{self.alias}", **place}
         with suppress(AttributeError):
             del connections[self.alias]  # one that was made before it had settings
         connections.settings = connections.configure_settings(dict(self.databases))

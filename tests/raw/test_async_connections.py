@@ -217,6 +217,8 @@ async def test_psycopg_s_transaction_blocks_and_pipeline(postgresql_shop: RawSho
     async with connection.pipeline():
         await connection.execute(INSERT.format("c").encode())
         await outbox.aadd(connection, "orders", b"c")
+        assert await outbox.aclaim(connection, "billing", "id")
+        assert not await outbox.aclaim(connection, "billing", "id")
         await connection.commit()
     await connection.close()
     assert postgresql_shop.holds("a", "c")

@@ -290,6 +290,27 @@ def test_psycopg_s_transaction_blocks_and_cursors_of_another_kind(
     assert shop.holds("a", "c")
 
 
+@pytest.mark.parametrize("driver", ["psycopg"], indirect=True)
+def test_a_claim_in_a_pipeline_waits_for_its_answer(shop: RawShop, connection: psycopg.Connection) -> None:
+    with connection.pipeline():
+        place(connection, "a")
+        assert outbox.claim(connection, "billing", "id")
+        assert not outbox.claim(connection, "billing", "id")
+        message = outbox.add(connection, "orders", b"", deliver_at=dt.timedelta(hours=1))
+        assert outbox.cancel(connection, message.id)
+        outbox.add_all(connection, [{"topic": "other", "payload": b"x"}] * 3)
+        connection.commit()
+    connection.autocommit = True
+    with connection.transaction(), connection.pipeline() as pipeline:
+        execute(connection, INSERT.format("b"))
+        with pytest.raises(TransactionError, match=r"does not know whether .* call pipeline.sync\(\) first"):
+            outbox.add(connection, "orders", b"b")
+        pipeline.sync()
+        outbox.add(connection, "orders", b"b")
+    assert shop.orders() == ["a", "b"]
+    assert shop.messages() == ["a", "x", "x", "x", "b"]
+
+
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "pymysql"], indirect=True)
 def test_a_connection_whose_session_was_ended_is_refused_or_fails(shop: RawShop, connection: Any) -> None:
     place(connection, "a")

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from outbox import TransactionError
 from tests.raw.conftest import emptied
 from tests.raw.orms import Django, DjangoOrder
+from tests.raw.shops import SYNC
 from tests.raw.test_connections import rows
 from tests.services.fixtures import INSTALL_TIMEOUT
 from tests.staging.shop import outbox
@@ -24,7 +25,7 @@ from tests.staging.test_many import odd
 pytestmark = pytest.mark.timeout(INSTALL_TIMEOUT)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", *(["mariadb"] if "mysqlclient" in SYNC else [])])
 def shop(request: pytest.FixtureRequest) -> Iterator[Django]:
     for shop in emptied(request.param, request):
         orm = Django(shop)
@@ -136,6 +137,16 @@ def test_rows_are_those_that_a_session_writes(shop: Django) -> None:
     with shop.begin():
         outbox.add_all(shop.where, messages)
     assert [rows(shop.shop, table) for table in tables] == expected
+
+
+def test_parameters_may_be_bound_by_the_server(other: Django) -> None:
+    other.where.settings_dict["OPTIONS"]["server_side_binding"] = True
+    with other.begin():
+        other.place("a")
+        outbox.add_all(other.where, [odd(number) for number in range(20)])
+        assert outbox.claim(other.where, "billing", "id")
+    assert other.shop.orders() == ["a"]
+    assert len(rows(other.shop, outbox.tables.message)) == 21
 
 
 def test_claims_and_cancellations(shop: Django) -> None:

@@ -116,6 +116,18 @@ def test_the_async_verbs_say_what_to_write_for_a_sync_connection(
                     call(where)
 
 
+async def test_nothing_is_staged_on_a_connection_of_any_kind(
+    connection: aiosqlite.Connection, sync_connection: sqlite3.Connection, sqlite_shop: RawShop
+) -> None:
+    engine = create_async_engine(sqlite_shop.url.set(drivername="sqlite+aiosqlite"))
+    async with engine.connect() as core:
+        for where in (connection, sync_connection, core):
+            assert outbox.staged(where) == []
+    await engine.dispose()
+    with pytest.raises(TypeError, match="object is no session or connection"):
+        outbox.staged(object())  # type: ignore[arg-type]
+
+
 async def test_an_async_connection_of_sqlalchemy_has_two_ways(sqlite_shop: RawShop) -> None:
     engine = create_async_engine(sqlite_shop.url.set(drivername="sqlite+aiosqlite"))
     async with engine.connect() as connection:

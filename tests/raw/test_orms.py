@@ -9,6 +9,7 @@ import pytest
 from outbox import TransactionError
 from tests.raw import orms
 from tests.raw.conftest import emptied
+from tests.raw.shops import SYNC
 from tests.services.fixtures import INSTALL_TIMEOUT
 
 pytestmark = pytest.mark.timeout(INSTALL_TIMEOUT)
@@ -26,6 +27,8 @@ CASES = [
     (orms.FlaskSqlalchemy, "sqlite"),
     (orms.FlaskSqlalchemy, "postgresql"),
 ]
+if "mysqlclient" in SYNC:
+    CASES.append((orms.Django, "mariadb"))
 NESTING = [case for case in CASES if case[0].has_savepoints]
 RAW = [case for case in CASES if case[0] in (orms.Django, orms.Peewee)]
 
