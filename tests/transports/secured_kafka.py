@@ -87,7 +87,12 @@ def start() -> SecuredKafka:
     run_as(None, [*machine, *format_command, "--add-scram", "SCRAM-SHA-512=[name=app,password=pw]"], cwd=folder)
     control = LocalProcess([*machine, "kafka.Kafka", "server.properties"], folder, discard_by_kill=True)
     control.start()
-    if not wait_until(lambda: can_connect("localhost", sasl_ssl) or not control.running(), 60) or not control.running():
+    doors_open = [("127.0.0.1", internal), ("localhost", sasl), ("localhost", sasl_ssl)]  # one after the other
+
+    def answers() -> bool:
+        return all(can_connect(host, port) for host, port in doors_open)
+
+    if not wait_until(lambda: answers() or not control.running(), 60) or not control.running():
         log = control.log()
         control.discard()
         raise StartFailed(log)
