@@ -17,6 +17,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from outbox import ConfigurationError, StoreUnavailable
+from outbox.stores import pooler
 from outbox_migrations import _holders as holders
 from outbox_migrations._operations import LOCK_TIMEOUT, Operation
 
@@ -109,8 +110,10 @@ class Online:
             # It waits for transactions that are open, and nobody waits for it: it may take all the time there is. What
             # another attempt left behind is no index, and is dropped first.
             left = max(LOCK_TIMEOUT, until - time.monotonic())
-            before = connection.scalar(sa.text("SHOW lock_timeout"))
-            connection.execute(sa.text(f"SET lock_timeout = {left * 1000:.0f}"))
+            # Behind PgBouncer the setting would stay with somebody else: there it waits for as long as it takes.
+            before = None if pooler.is_between(connection) else connection.scalar(sa.text("SHOW lock_timeout"))
+            if before is not None:
+                connection.execute(sa.text(f"SET lock_timeout = {left * 1000:.0f}"))
             try:
                 _drop_rest(connection, operation, concurrently=True)
                 assert operation.beside is not None
@@ -128,7 +131,7 @@ class Online:
                 logger.warning("%s waits for transactions that are open; %s", operation.what, who)
                 return False
             finally:
-                if not connection.closed and not connection.invalidated:
+                if before is not None and not connection.closed and not connection.invalidated:
                     connection.execute(sa.select(sa.func.set_config("lock_timeout", before, False)))
         return True
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+import sqlalchemy as sa
+
 if TYPE_CHECKING:
     import psycopg
 
@@ -20,6 +22,16 @@ HINT: Final = (
     "connect_args={'prepare_threshold': None} with psycopg, {'statement_cache_size': 0, 'prepared_statement_cache_size': 0} "
     "with asyncpg; a URL instead of an engine needs nothing with psycopg, ?prepared_statement_cache_size=0 with asyncpg"
 )
+
+
+def is_between(connection: sa.Connection) -> bool:
+    """Whether one is between this connection and PostgreSQL; False for a driver that does not tell its process id."""
+    driver: Any = connection.connection.driver_connection
+    if hasattr(driver, "get_server_pid"):  # asyncpg
+        told = driver.get_server_pid()
+    else:  # psycopg, psycopg2
+        told = getattr(getattr(driver, "info", None), "backend_pid", None)
+    return told is not None and told != connection.exec_driver_sql(BACKEND).scalar()
 
 
 def prepare_nothing_behind_one(connection: Any, record: Any) -> None:

@@ -21,6 +21,17 @@ from tests.services.unpack import debian_unpacked
 SUITE = "bookworm"  # which has 1.18
 BACKENDS = 4  # server connections of a database, once `through` has been called
 
+# What a session can keep from one transaction to the next, but for the settings that PgBouncer keeps for each client.
+KEPT = "('client_encoding', 'DateStyle', 'TimeZone', 'standard_conforming_strings', 'application_name')"
+SESSION_STATE = f"""
+    select 'prepared statement ' || name from pg_prepared_statements
+    union all select 'listens to ' || pg_listening_channels()
+    union all select 'advisory lock ' || objid from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()
+    union all select 'cursor ' || name from pg_cursors where is_holdable
+    union all select 'temporary table ' || relname from pg_class where relnamespace = pg_my_temp_schema()
+    union all select 'setting ' || name from pg_settings where source = 'session' and name not in {KEPT}
+"""
+
 ADMINISTRATOR = "pgbouncer"
 
 SETTINGS = {
@@ -51,6 +62,13 @@ class PgbouncerServer(Server):
                 connection = exit.enter_context(psycopg.connect(urlunsplit(pooled), connect_timeout=5))
                 connection.execute("SELECT 1")
         return urlunsplit(pooled)
+
+    def left_on_sessions(self, url: str) -> list[str]:
+        """What was left on the sessions of a database's server connections, which nobody should notice there. Each is
+        asked in a transaction that is open beside the others'."""
+        with ExitStack() as exit:
+            connections = [exit.enter_context(psycopg.connect(url, prepare_threshold=None)) for _ in range(BACKENDS)]
+            return [text for connection in connections for (text,) in connection.execute(SESSION_STATE)]
 
     @contextmanager
     def paused(self, url: str) -> Iterator[None]:

@@ -3,10 +3,8 @@ the server behind it is hidden."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
-import psycopg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -17,30 +15,11 @@ from outbox.stores import open_store
 from outbox.stores.postgresql import PostgresqlStore
 from tests.relay.database import Database
 from tests.services import PgbouncerServer, PostgresqlServer
-from tests.services.pgbouncer import BACKENDS
-
-# What a session can keep from one transaction to the next, but for the settings that PgBouncer keeps for each client.
-KEPT = "('client_encoding', 'DateStyle', 'TimeZone', 'standard_conforming_strings', 'application_name')"
-SESSION_STATE = f"""
-    select 'prepared statement ' || name from pg_prepared_statements
-    union all select 'listens to ' || pg_listening_channels()
-    union all select 'advisory lock ' || objid from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()
-    union all select 'cursor ' || name from pg_cursors where is_holdable
-    union all select 'temporary table ' || relname from pg_class where relnamespace = pg_my_temp_schema()
-    union all select 'setting ' || name from pg_settings where source = 'session' and name not in {KEPT}
-"""
 
 
 @pytest.fixture
 def pooled_url(pgbouncer: PgbouncerServer, on_postgresql: Database) -> str:
     return pgbouncer.through(on_postgresql.url)
-
-
-def session_state(url: str) -> list[str]:
-    """What is left on the backends, each of which is asked in a transaction that is open beside the others'."""
-    with ExitStack() as exit:
-        connections = [exit.enter_context(psycopg.connect(url, prepare_threshold=None)) for _ in range(BACKENDS)]
-        return [text for connection in connections for (text,) in connection.execute(SESSION_STATE)]
 
 
 async def work(store: Store, database: Database) -> None:
@@ -61,7 +40,7 @@ async def many_times(store: Store, query: sa.Select[Any]) -> None:
 
 @pytest.mark.parametrize("driver", ["postgresql", "postgresql+asyncpg"])
 async def test_a_relay_needs_no_setting_behind_it_and_leaves_nothing_on_a_session(
-    pooled_url: str, on_postgresql: Database, driver: str
+    pooled_url: str, on_postgresql: Database, pgbouncer: PgbouncerServer, driver: str
 ) -> None:
     url = sa.make_url(pooled_url).set(drivername=driver)
     if driver == "postgresql+asyncpg":
@@ -69,7 +48,7 @@ async def test_a_relay_needs_no_setting_behind_it_and_leaves_nothing_on_a_sessio
     store = open_store(url, on_postgresql.tables)
     await work(store, on_postgresql)
     await store.close()
-    assert session_state(pooled_url) == []
+    assert pgbouncer.left_on_sessions(pooled_url) == []
 
 
 async def test_without_it_statements_are_prepared(on_postgresql: Database) -> None:
