@@ -36,7 +36,7 @@ def execute(driver: Driver, connection: Any, work: Work) -> int:
             if _is_not_answered(driver, cursor, call):
                 with connection.pipeline():
                     pass
-            count = cursor.rowcount
+            count = _count(driver, cursor, work)
         _tell(call)
     return count
 
@@ -58,7 +58,7 @@ async def aexecute(driver: Driver, connection: Any, work: Work) -> int:
                 if _is_not_answered(driver, cursor, call):
                     async with connection.pipeline():
                         pass
-                count = cursor.rowcount
+                count = _count(driver, cursor, work)
         elif call.many:
             await connection.executemany(call.sql, call.parameters)
         else:  # returns the command's tag: INSERT 0 1
@@ -78,6 +78,10 @@ def _is_not_answered(driver: Driver, cursor: Any, call: _Call) -> bool:
     """Whether we ask how many rows it touched and psycopg, in a pipeline, does not know yet. At the end of an inner block
     of the pipeline it does."""
     return not call.rows and cursor.rowcount < 0 and driver in PSYCOPG
+
+
+def _count(driver: Driver, cursor: Any, work: Work) -> int:
+    return work.count(cursor, driver.database) if isinstance(work, Statement) else cursor.rowcount
 
 
 def _tell(call: _Call) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from outbox._message import message_id
-from outbox.dialects import clock, insert_if_absent
+from outbox.dialects import clock, insert_if_absent, was_absent
 from outbox.errors import ConfigurationError
 from outbox.tables import CONSUMER_LENGTH, Tables
 
@@ -22,6 +22,11 @@ class Statement(NamedTuple):
     table: sa.Table
     on: Callable[[str], sa.Executable]
     parameters: dict[str, Any]
+    if_absent: bool = False
+
+    def count(self, result: Any, dialect: str) -> int:
+        """How many rows it touched, from SQLAlchemy's result or a driver's cursor."""
+        return was_absent(result, dialect) if self.if_absent else result.rowcount
 
 
 def cancel(tables: Tables, id: uuid.UUID) -> Statement:
@@ -44,7 +49,7 @@ def claim(tables: Tables, consumer: str, id: uuid.UUID | str, cycle: int) -> Sta
     if cycle:
         parameters = {"claimed_" + name: value for name, value in parameters.items()} | {"claimed_cycle": cycle}
         return Statement(table, lambda dialect: _claim_replay(table), parameters)
-    return Statement(table, lambda dialect: _claim(table, dialect), parameters | {"outcome": "done"})
+    return Statement(table, lambda dialect: _claim(table, dialect), parameters | {"outcome": "done"}, if_absent=True)
 
 
 @lru_cache(maxsize=64)

@@ -186,7 +186,8 @@ def run(target: Target, statement: Statement, bind_arguments: Mapping[str, Any] 
     else:
         transactions.refuse_unfit(target)
         connection = target
-    return connection.execute(statement.on(connection.dialect.name), statement.parameters).rowcount
+    dialect = connection.dialect.name
+    return statement.count(connection.execute(statement.on(dialect), statement.parameters), dialect)
 
 
 async def awork(where: Any, work: _raw.Work, sync: Callable[[Session | sa.Connection], Any]) -> Any:

@@ -6,6 +6,7 @@ PostgreSQL, SQLite, MySQL and MariaDB; a new one is added here, and as a store.
 from __future__ import annotations
 
 import datetime as dt
+import uuid
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -13,6 +14,9 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
 
 from outbox.errors import ConfigurationError
+
+MYSQL: Final = ("mysql", "mariadb")
+"""SQLAlchemy's names for both: either may be in the URL of either."""
 
 
 class UtcDateTime(sa.types.TypeDecorator[dt.datetime]):
@@ -22,7 +26,7 @@ class UtcDateTime(sa.types.TypeDecorator[dt.datetime]):
     cache_ok = True
 
     def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
-        if dialect.name in ("mysql", "mariadb"):
+        if dialect.name in MYSQL:
             from sqlalchemy.dialects.mysql import DATETIME
 
             return dialect.type_descriptor(DATETIME(fsp=6))
@@ -64,7 +68,7 @@ def _clock_sqlite(element: clock, compiler: Any, **kw: Any) -> str:
     return f"strftime('{form}', 'now', {compiler.process(element.clauses, **kw)} || ' seconds')"
 
 
-@compiles(clock, "mysql", "mariadb")
+@compiles(clock, *MYSQL)
 def _clock_mysql(element: clock, compiler: Any, **kw: Any) -> str:
     return f"utc_timestamp(6) + interval {compiler.process(element.clauses, **kw)} second"
 
@@ -87,14 +91,20 @@ def _now_sqlite(element: now, compiler: Any, **kw: Any) -> str:
     return "(strftime('%Y-%m-%d %H:%M:%f000', 'now'))"
 
 
-@compiles(now, "mysql", "mariadb")
+@compiles(now, *MYSQL)
 def _now_mysql(element: now, compiler: Any, **kw: Any) -> str:
     return "(utc_timestamp(6))"
 
 
+# For one row that was there the server counts 0 or 1 rows affected, the latter where the client set CLIENT_FOUND_ROWS,
+# which is also what it counts for a new row. The insert id tells them apart on every connection: none of our tables that
+# are inserted into this way gives one out, so it is 0 unless the update has set it.
+_MARK: Final = sa.func.last_insert_id(sa.literal_column("1"))
+
+
 def insert_if_absent(table: sa.Table, dialect: str) -> sa.Insert:
     """An insert that does nothing where the row is there already: by conflict clause, never by the text of an error.
-    Its result's ``rowcount`` says which."""
+    `was_absent` says which, of one row."""
     if dialect == "postgresql":
         from sqlalchemy.dialects import postgresql
 
@@ -103,16 +113,27 @@ def insert_if_absent(table: sa.Table, dialect: str) -> sa.Insert:
         from sqlalchemy.dialects import sqlite
 
         insert = sqlite.insert(table).on_conflict_do_nothing()
-    elif dialect in ("mysql", "mariadb"):
-        insert = table.insert().prefix_with("IGNORE")
+    elif dialect in MYSQL:
+        from sqlalchemy.dialects import mysql
+
+        # Not INSERT IGNORE, which also stores what the columns refuse, cut to fit. An update to what it is, and a mark.
+        key = next(iter(table.primary_key.columns))
+        insert = mysql.insert(table).on_duplicate_key_update({key.name: sa.func.if_(_MARK > 0, key, key)})
     else:
         raise ConfigurationError(f"database {dialect!r}: PostgreSQL, SQLite, MySQL and MariaDB are possible")
     # SQLAlchemy keeps the row count of an INSERT only when told to: an async psycopg cursor is closed by then and says -1
     return insert.execution_options(preserve_rowcount=True)
 
 
-# What MySQL and MariaDB need, without importing their dialects (all of SQLAlchemy's cost 60 ms). Text is compared byte by
-# byte everywhere: MySQL's default collation would merge the keys 'a' and 'A'.
+def was_absent(result: Any, dialect: str) -> bool:
+    """Whether an `insert_if_absent` of one row has inserted it: from SQLAlchemy's result, or a driver's cursor."""
+    if dialect in MYSQL:
+        return not result.lastrowid
+    return bool(result.rowcount == 1)
+
+
+# What MySQL and MariaDB need, without importing their dialects. Text is compared byte by byte everywhere: MySQL's default
+# collation would merge the keys 'a' and 'A', and the one that both call utf8mb4_bin 'a' and 'a '.
 
 
 class MysqlText(sa.String):
@@ -127,34 +148,63 @@ class MysqlBytes(sa.LargeBinary):
     """Bytes of any length."""
 
 
-_BINARY_UTF8: Final = "CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+class MysqlUuidText(sa.CHAR):
+    """36 characters, compared as UUIDs are: without regard to case."""
 
 
-@compiles(MysqlText, "mysql", "mariadb")
+class MysqlUuid(sa.types.TypeDecorator[uuid.UUID]):
+    """A UUID as text with dashes. SQLAlchemy would make it UUID or CHAR(32) in the same MariaDB, as the URL begins with
+    mariadb or mysql. This is what both can be asked for by hand, what the relay sends as it is, and Debezium too."""
+
+    impl = MysqlUuidText(36)
+    cache_ok = True
+
+    def process_bind_param(self, value: uuid.UUID | str | None, dialect: sa.Dialect) -> str | None:
+        return None if value is None else str(value)
+
+    def process_result_value(self, value: str | None, dialect: sa.Dialect) -> uuid.UUID | None:
+        return None if value is None else uuid.UUID(value)
+
+
+@compiles(MysqlText, *MYSQL)
 def _mysql_text(type_: MysqlText, compiler: Any, **kw: Any) -> str:
-    return f"VARCHAR({type_.length}) {_BINARY_UTF8}"
+    return f"VARCHAR({type_.length}) {_byte_by_byte(compiler.dialect)}"
 
 
-@compiles(MysqlLongText, "mysql", "mariadb")
+@compiles(MysqlLongText, *MYSQL)
 def _mysql_long_text(type_: MysqlLongText, compiler: Any, **kw: Any) -> str:
-    return f"MEDIUMTEXT {_BINARY_UTF8}"
+    return f"MEDIUMTEXT {_byte_by_byte(compiler.dialect)}"
 
 
-@compiles(MysqlBytes, "mysql", "mariadb")
+@compiles(MysqlBytes, *MYSQL)
 def _mysql_bytes(type_: MysqlBytes, compiler: Any, **kw: Any) -> str:
     return "LONGBLOB"
 
 
+@compiles(MysqlUuidText, *MYSQL)
+def _mysql_uuid(type_: MysqlUuidText, compiler: Any, **kw: Any) -> str:
+    return "CHAR(36) CHARACTER SET ascii COLLATE ascii_general_ci"
+
+
+def _byte_by_byte(dialect: Any) -> str:
+    """Until it is connected, the dialect of a mysql:// URL takes the server for MySQL."""
+    return f"CHARACTER SET utf8mb4 COLLATE {'utf8mb4_nopad_bin' if dialect.is_mariadb else 'utf8mb4_0900_bin'}"
+
+
 def text(length: int) -> sa.types.TypeEngine[str]:
-    return sa.String(length).with_variant(MysqlText(length), "mysql", "mariadb")
+    return sa.String(length).with_variant(MysqlText(length), *MYSQL)
 
 
 def long_text() -> sa.types.TypeEngine[str]:
-    return sa.Text().with_variant(MysqlLongText(), "mysql", "mariadb")
+    return sa.Text().with_variant(MysqlLongText(), *MYSQL)
 
 
 def binary() -> sa.types.TypeEngine[bytes]:
-    return sa.LargeBinary().with_variant(MysqlBytes(), "mysql", "mariadb")
+    return sa.LargeBinary().with_variant(MysqlBytes(), *MYSQL)
+
+
+def unique_id() -> sa.types.TypeEngine[uuid.UUID]:
+    return sa.Uuid().with_variant(MysqlUuid(), *MYSQL)
 
 
 def number() -> sa.types.TypeEngine[int]:

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.schema import conv
 
 from outbox._message import BUCKETS, KEY_LENGTH, TOPIC_LENGTH, TYPE_LENGTH
-from outbox.dialects import UtcDateTime, binary, long_text, now, number, text
+from outbox.dialects import UtcDateTime, binary, long_text, now, number, text, unique_id
 from outbox.errors import ConfigurationError
 from outbox.storage import STORAGE, listed
 
@@ -26,7 +26,7 @@ CONSUMER_LENGTH: Final = 128
 def _body() -> list[sa.Column[Any]]:
     """The columns of a message, the same wherever it waits. The relay copies them and never parses them."""
     return [
-        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("id", unique_id(), nullable=False),
         sa.Column("bucket", sa.SmallInteger(), nullable=False),
         sa.Column("topic", text(TOPIC_LENGTH), nullable=False),
         sa.Column("key", text(KEY_LENGTH)),
@@ -157,10 +157,10 @@ def _parked(t: Tables) -> sa.Table:
 def _dead_letter(t: Tables) -> sa.Table:
     return t.table(
         "dead_letter",
-        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("id", unique_id(), nullable=False),
         # '' is the relay; NULLs would be distinct in the unique key
         sa.Column("consumer", text(CONSUMER_LENGTH), nullable=False),
-        sa.Column("message_id", sa.Uuid(), nullable=False),
+        sa.Column("message_id", unique_id(), nullable=False),
         sa.Column("cycle", sa.Integer(), nullable=False),
         sa.Column("topic", text(TOPIC_LENGTH), nullable=False),
         sa.Column("partition", sa.Integer()),
@@ -184,7 +184,7 @@ def _dead_letter(t: Tables) -> sa.Table:
         sa.Column("app_version", text(64)),
         sa.Column("state", text(16), nullable=False),
         sa.Column("closed_at", UtcDateTime()),
-        sa.Column("edited_from", sa.Uuid()),
+        sa.Column("edited_from", unique_id()),
         t.primary_key("dead_letter", "id"),
         t.unique("dead_letter", "consumer", "message_id", "cycle"),
         t.index("dead_letter_state", "state", "fingerprint", "dead_at"),
@@ -212,7 +212,7 @@ def _inbox(t: Tables) -> sa.Table:
     return t.table(
         "inbox",
         sa.Column("consumer", text(CONSUMER_LENGTH), nullable=False),
-        sa.Column("message_id", sa.Uuid(), nullable=False),
+        sa.Column("message_id", unique_id(), nullable=False),
         sa.Column("outcome", text(8), nullable=False),
         sa.Column("cycle", sa.Integer(), nullable=False, server_default=sa.text("0")),
         sa.Column("processed_at", UtcDateTime(), nullable=False, server_default=now()),
@@ -225,7 +225,7 @@ def _attempt(t: Tables) -> sa.Table:
     return t.table(
         "attempt",
         sa.Column("consumer", text(CONSUMER_LENGTH), nullable=False),
-        sa.Column("message_id", sa.Uuid(), nullable=False),
+        sa.Column("message_id", unique_id(), nullable=False),
         sa.Column("cycle", sa.Integer(), nullable=False, server_default=sa.text("0")),
         sa.Column("topic", text(TOPIC_LENGTH), nullable=False),
         sa.Column("partition", sa.Integer()),
@@ -254,7 +254,7 @@ def _sent(t: Tables) -> sa.Table:
     return t.table(
         "sent",
         sa.Column("position", sa.BigInteger(), autoincrement=False, nullable=False),
-        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("id", unique_id(), nullable=False),
         sa.Column("topic", text(TOPIC_LENGTH), nullable=False),
         sa.Column("partition", sa.Integer()),
         sa.Column("offset", sa.BigInteger()),

@@ -13,7 +13,7 @@ from outbox import encoding
 from outbox.consumer.incoming import Incoming
 from outbox.dead_letters import record as dead_letter
 from outbox.dead_letters.record import Failure
-from outbox.dialects import UtcDateTime, clock, insert_if_absent
+from outbox.dialects import UtcDateTime, clock, insert_if_absent, was_absent
 from outbox.tables import Tables
 
 WAITING: Final = "waiting"
@@ -176,7 +176,7 @@ class Attempts:
             insert_if_absent(inbox, connection.dialect.name),
             {"consumer": self.consumer, "message_id": id, "outcome": "dead", "cycle": incoming.cycle},
         )
-        return result.rowcount == 1
+        return was_absent(result, connection.dialect.name)
 
     def _mine(self, incoming: Incoming) -> sa.ColumnElement[bool]:
         """The attempt row of this message, in this role: a message that is delivered again by the broker never touches the

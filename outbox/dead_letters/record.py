@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from outbox._message import Outgoing, new_id
 from outbox.dead_letters.exception_text import message_of, stack_of, type_of
-from outbox.dialects import UtcDateTime, clock, insert_if_absent
+from outbox.dialects import UtcDateTime, clock, insert_if_absent, was_absent
 from outbox.tables import Tables
 from outbox.transport import Outcome
 
@@ -124,8 +124,8 @@ def record(
 def write(connection: sa.Connection, tables: Tables, row: dict[str, Any]) -> bool:
     """Write one `record` in the transaction of ``connection``. False: there is one of that consumer, message and cycle
     already, and nothing was changed. Asked by conflict clause, so a repeated transaction does not write it twice."""
-    result = connection.execute(insert_if_absent(tables.dead_letter, connection.dialect.name), row)
-    return result.rowcount == 1
+    dialect = connection.dialect.name
+    return was_absent(connection.execute(insert_if_absent(tables.dead_letter, dialect), row), dialect)
 
 
 def write_relay(

@@ -182,7 +182,7 @@ def _back_to_consumer(connection: sa.Connection, tables: Tables, rows: list[dict
     dialect = connection.dialect.name
     the_one = (
         sa.bindparam("the_consumer", type_=sa.String()),
-        sa.bindparam("the_message", type_=sa.Uuid()),
+        sa.bindparam("the_message", type_=attempt.c.message_id.type),
         sa.bindparam("next_cycle", type_=sa.Integer()),
     )
     copied = ("consumer", "message_id", "topic", "partition", "offset", "key", "type", "payload", "content_type")

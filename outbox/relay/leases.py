@@ -150,14 +150,19 @@ def _renew(
         connection.execute(
             sa.insert(relay).values(owner=owner, host=socket.gethostname()[:255], version=__version__, state=state)
         )
-    # locked by bucket, as `fence` does: an UPDATE alone takes the rows as they lie, and two such orders can deadlock
-    connection.execute(
-        sa.select(lease.c.bucket).where(lease.c.owner == owner).order_by(lease.c.bucket).with_for_update()
-    )
-    connection.execute(sa.update(lease).where(lease.c.owner == owner).values(expires_at=clock(ttl)))
-    connection.execute(sa.delete(relay).where(relay.c.heartbeat_at < clock(-10 * ttl), relay.c.owner != owner))
-    beating = sa.select(sa.func.count()).select_from(relay).where(relay.c.heartbeat_at >= clock(-ttl))
-    alive = max(1, connection.scalar(beating) or 1)
+    # Asked for first and then locked by name: InnoDB locks whatever rows a locking statement only looks at, too, and would
+    # wait here for another relay that parks. In the order of the buckets, as `fence` does: two orders can deadlock.
+    mine = _owned(connection, tables, owner)
+    if mine:
+        ours = sa.and_(lease.c.bucket.in_(list(mine)), lease.c.owner == owner)
+        connection.execute(sa.select(lease.c.bucket).where(ours).order_by(lease.c.bucket).with_for_update())
+        connection.execute(sa.update(lease).where(ours).values(expires_at=clock(ttl)))
+    beating, silent = relay.c.heartbeat_at >= clock(-ttl), relay.c.heartbeat_at < clock(-10 * ttl)
+    others = connection.execute(sa.select(relay.c.owner, beating, silent).where(relay.c.owner != owner)).all()
+    gone = sorted(other for other, _, is_silent in others if is_silent)
+    if gone:
+        connection.execute(sa.delete(relay).where(relay.c.owner.in_(gone), silent))
+    alive = 1 + sum(beats for _, beats, _ in others)
     share = -(-BUCKETS // alive)
     mine = _owned(connection, tables, owner)
     if take and len(mine) < share:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from outbox.dialects import MYSQL
 from outbox.errors import ConfigurationError
 from outbox.store import Store
-from outbox.stores.engine import engine_for, is_engine
+from outbox.stores.engine import async_engine_for, engine_for, is_engine, names_its_driver
 from outbox.tables import Tables
 
 if TYPE_CHECKING:
@@ -28,7 +29,12 @@ def open_store(database: str | sa.URL | sa.Engine | AsyncEngine | None, tables: 
         from outbox.stores.sqlite import SqliteStore
 
         return SqliteStore(tables, engine, ours=ours)
-    raise ConfigurationError(f"the relay reads PostgreSQL and SQLite in this version, not {engine.dialect.name}")
+    if engine.dialect.name in MYSQL:
+        from outbox.stores.mysql import MysqlStore
+
+        hot = None if names_its_driver(database) else async_engine_for(database)
+        return MysqlStore(tables, engine, ours=ours, hot=hot)
+    raise ConfigurationError(f"the relay reads PostgreSQL, SQLite, MySQL and MariaDB, not {engine.dialect.name}")
 
 
 __all__ = ["engine_for", "open_store"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import sqlalchemy as sa
@@ -86,6 +87,44 @@ class Runner:
         except (sa.exc.DBAPIError, sa.exc.TimeoutError, psycopg.Error, OSError) as error:
             raise unavailable(self.engine, error) from error
 
+    async def raw(self) -> Any:
+        """A connection of the engine's driver, made as the engine makes its own, and no longer the pool's. What is executed
+        on it goes through `raw_execute`."""
+        try:
+            if isinstance(self.engine, sa.Engine):
+                return await self._in_thread(_detached, self.engine, discard=self._discard)
+            raw = await self.engine.raw_connection()
+            connection = raw.driver_connection
+            raw.detach()
+            return connection
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError) as error:
+            raise unavailable(self.engine, error) from error
+
+    async def raw_execute(self, connection: Any, sql: str) -> tuple[Sequence[Sequence[Any]], int]:
+        """One statement without parameters, on a connection that `raw` made: its rows, and how many it touched. In a thread
+        for a sync driver. Raises what the driver raises."""
+        if isinstance(self.engine, sa.Engine):
+            return await self._in_thread(_execute, connection, sql)
+        async with connection.cursor() as cursor:
+            await cursor.execute(sql)
+            return (await cursor.fetchall() if cursor.description else ()), cursor.rowcount
+
+    async def raw_close(self, connection: Any) -> None:
+        """Close a connection that `raw` made, without a word to the server: its state may be any."""
+        if isinstance(self.engine, sa.Engine):
+            await self._in_thread(self._discard, connection)
+        else:
+            connection.close()
+
+    def _discard(self, connection: Any) -> None:
+        with suppress(Exception):  # it is broken already
+            self.engine.dialect.do_terminate(connection)
+
+    def is_drivers(self, error: BaseException) -> bool:
+        """Whether the driver or the network raised this."""
+        dbapi = self.engine.dialect.dbapi
+        return isinstance(error, (OSError, sa.exc.DBAPIError)) or (dbapi is not None and isinstance(error, dbapi.Error))
+
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._ours:
@@ -93,6 +132,22 @@ class Runner:
                 self.engine.dispose()
             else:
                 await self.engine.dispose()
+
+
+def _detached(engine: sa.Engine) -> Any:
+    raw = engine.raw_connection()
+    connection = raw.driver_connection
+    raw.detach()
+    return connection
+
+
+def _execute(connection: Any, sql: str) -> tuple[Sequence[Sequence[Any]], int]:
+    cursor = connection.cursor()
+    try:
+        cursor.execute(sql)
+        return (cursor.fetchall() if cursor.description else ()), cursor.rowcount
+    finally:
+        cursor.close()
 
 
 def _borrow(engine: sa.Engine) -> psycopg.AsyncConnection[Any]:

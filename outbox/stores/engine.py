@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import sqlalchemy as sa
 
+from outbox.dialects import MYSQL
 from outbox.errors import ConfigurationError, MissingExtra, StoreUnavailable
 from outbox.stores import pooler
 
@@ -18,12 +20,24 @@ if TYPE_CHECKING:
 
 Database: TypeAlias = "str | sa.URL | sa.Engine | AsyncEngine"
 
-SUPPORTED: Final = ("postgresql", "sqlite")
+SUPPORTED: Final = ("postgresql", "sqlite", *MYSQL)
 SQLITE_BUSY_SECONDS: Final = 10.0
 
 # dialect -> (the driver for sync use, the driver for async use)
-_DRIVERS: Final = {"postgresql": ("psycopg", "psycopg"), "sqlite": ("pysqlite", "aiosqlite")}
-_EXTRAS: Final = {"psycopg": "postgresql", "aiosqlite": "sqlite", "greenlet": "async"}
+_DRIVERS: Final = {
+    "postgresql": ("psycopg", "psycopg"),
+    "sqlite": ("pysqlite", "aiosqlite"),
+    "mysql": ("pymysql", "asyncmy"),
+    "mariadb": ("pymysql", "asyncmy"),
+}
+_EXTRAS: Final = {
+    "psycopg": "postgresql",
+    "pymysql": "mysql",
+    "asyncmy": "mysql",
+    "aiosqlite": "sqlite",
+    "greenlet": "async",
+}
+_PACKAGES: Final = {"MySQLdb": "mysqlclient"}  # those with another name than their module
 
 
 def from_environment(name: str) -> str | None:
@@ -54,14 +68,17 @@ def engine_for(
 
     ``database``: an ``Engine`` or ``AsyncEngine`` is returned as it is (it stays the caller's: whoever got one made here,
     which is when ``is_engine(database)`` is false, disposes of it); a URL (text or ``sqlalchemy.URL``) becomes a new
-    engine; None means ``OUTBOX_DATABASE`` or ``OUTBOX_DATABASE_FILE``. ``postgresql://`` means psycopg 3. ``pool_size``
-    (connections) is how many a new engine keeps.
+    engine; None means ``OUTBOX_DATABASE`` or ``OUTBOX_DATABASE_FILE``. ``postgresql://`` means psycopg 3; ``mysql://`` and
+    ``mariadb://``, which are one here, mean mysqlclient where it is installed, as they do for SQLAlchemy, else PyMySQL.
+    ``pool_size`` (connections) is how many a new engine keeps.
+
+    MySQL and MariaDB engines made here are READ COMMITTED and speak UTF-8.
 
     SQLite engines made here get WAL and wait up to 10 s for another writer; foreign keys stay as SQLite has them. Their
     file has to be there: to connect raises `StoreUnavailable` where it is not, since SQLite would make an empty database
     out of a typing error. ``create`` allows that.
 
-    Raises `ConfigurationError` (no database, no URL, a password of ``***``, another database than PostgreSQL or SQLite)
+    Raises `ConfigurationError` (no database, no URL, a password of ``***``, a database that is not supported)
     and `MissingExtra` (the driver is not installed). Connects to nothing, and never prints a password.
     """
     given = _given(database)
@@ -124,8 +141,21 @@ def _given(database: object) -> sa.Engine | AsyncEngine | None:
 
 
 def database_url(database: Database | None) -> sa.URL:
-    """The URL of a database, checked, with psycopg 3 as PostgreSQL's driver unless it names another. Raises as
-    `engine_for` does."""
+    """The URL of a database, checked, with the sync driver of `engine_for` unless it names another. Raises as that does."""
+    url = _checked_url(database)
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    elif url.drivername in MYSQL and find_spec("MySQLdb") is None:
+        url = url.set(drivername=f"{url.drivername}+pymysql")
+    return url
+
+
+def names_its_driver(database: Database | None) -> bool:
+    """Whether it is an engine, or a URL that says which driver."""
+    return _given(database) is not None or "+" in _checked_url(database).drivername
+
+
+def _checked_url(database: Database | None) -> sa.URL:
     if database is None:
         database = from_environment("OUTBOX_DATABASE")
         if database is None:
@@ -139,8 +169,8 @@ def database_url(database: Database | None) -> sa.URL:
         except (sa.exc.ArgumentError, ValueError):
             # from None: SQLAlchemy's own text quotes the URL, password and all
             raise ConfigurationError(
-                "database is no URL that SQLAlchemy can read; it looks like postgresql://user:password@host:5432/name "
-                "or sqlite:////path/to/file.db"
+                "database is no URL that SQLAlchemy can read; it looks like postgresql://user:password@host:5432/name, "
+                "mysql://user:password@host:3306/name or sqlite:////path/to/file.db"
             ) from None
     elif isinstance(database, sa.URL):
         url = database
@@ -157,14 +187,12 @@ def database_url(database: Database | None) -> sa.URL:
     if backend == "postgres":  # what some hosting platforms still hand out; SQLAlchemy knows only the long name
         url, backend = url.set(drivername=url.drivername.replace("postgres", "postgresql", 1)), "postgresql"
     _check_dialect(backend)
-    if url.drivername == "postgresql":
-        url = url.set(drivername="postgresql+psycopg")
     return url
 
 
 def _check_dialect(name: str) -> None:
     if name not in SUPPORTED:
-        raise ConfigurationError(f"database {name!r} is not supported here: PostgreSQL and SQLite are")
+        raise ConfigurationError(f"database {name!r} is not supported here: PostgreSQL, MySQL, MariaDB and SQLite are")
 
 
 def _is_async(url: sa.URL) -> bool:
@@ -194,6 +222,11 @@ def _options(url: sa.URL, pool_size: int | None, pre_ping: bool) -> dict[str, An
             options["connect_args"] = {"statement_cache_size": 0}
         # a connection that died while it waited in the pool is found out before it is used
         options["pool_pre_ping"] = pre_ping
+    if url.get_backend_name() in MYSQL:
+        # what PostgreSQL has; under REPEATABLE READ whoever looks for a row that is not there keeps others from inserting it
+        options["isolation_level"] = "READ COMMITTED"
+        if "charset" not in url.query and url.get_driver_name() != "mariadbconnector":
+            options["connect_args"] = {"charset": "utf8mb4"}  # libmysqlclient's own choice may be latin1
     if pool_size is not None:
         options["pool_size"] = pool_size
     return options
@@ -267,5 +300,5 @@ def _missing(url: sa.URL, error: Exception) -> MissingExtra:
     name = getattr(error, "name", None) or ("greenlet" if "greenlet" in str(error) else url.drivername.split("+")[-1])
     module = name.split(".")[0]
     extra = _EXTRAS.get(module)
-    command = f"pip install 'pyoutbox[{extra}]'" if extra else f"pip install {module}"
+    command = f"pip install 'pyoutbox[{extra}]'" if extra else f"pip install {_PACKAGES.get(module, module)}"
     return MissingExtra(f"database {url.get_backend_name()!r} needs {module}, which is not installed: {command}")

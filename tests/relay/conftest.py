@@ -1,4 +1,4 @@
-"""Each test of the relay has a database of its own; most run over SQLite and over PostgreSQL."""
+"""Each test of the relay has a database of its own; most run over SQLite and over PostgreSQL, some over MariaDB too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import pytest
 
 from outbox.relay import _relay
 from tests.relay.database import Database
-from tests.services import PostgresqlServer
+from tests.services import MariadbServer, PostgresqlServer
+
+ON_EACH = pytest.mark.parametrize("database", ["sqlite", "postgresql", "mariadb"], indirect=True)
+"""For tests of what databases do in their own way: transactions, locks, types. Others run on the usual two."""
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +37,23 @@ def on_postgresql(postgresql: PostgresqlServer, template: str) -> Iterator[Datab
     yield found
     found.close()
     postgresql.drop_database(found.url)
+
+
+@pytest.fixture(scope="session")
+def mariadb_template(mariadb: MariadbServer) -> Iterator[str]:
+    url = mariadb.create_database()
+    made = Database(url).create()
+    made.close()
+    yield url
+    mariadb.drop_database(url)
+
+
+@pytest.fixture
+def on_mariadb(mariadb: MariadbServer, mariadb_template: str) -> Iterator[Database]:
+    found = Database(mariadb.create_database(template=mariadb_template))
+    yield found
+    found.close()
+    mariadb.drop_database(found.url)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from outbox.dialects import clock
 from outbox.relay import Relay, _relay, leases
 from outbox.stores.engine import sync_engine_for
 from outbox.transport import Outcome
+from tests.relay.conftest import ON_EACH
 from tests.relay.database import Database, row
 from tests.relay.faulty import faulty_stores, gone
 from tests.relay.proxy import Proxy
@@ -82,6 +83,7 @@ async def test_a_drain_sends_what_is_there_and_can_be_repeated(database: Databas
     assert (await found.adrain()).sent == 0
 
 
+@ON_EACH
 async def test_a_drain_sends_what_was_scheduled_and_is_due(database: Database) -> None:
     now = dt.datetime.now(dt.UTC)
     due, later = row("a"), row("b")
@@ -94,6 +96,7 @@ async def test_a_drain_sends_what_was_scheduled_and_is_due(database: Database) -
     assert database.count("scheduled") == 1
 
 
+@ON_EACH
 async def test_a_drain_tries_what_is_parked_and_due(database: Database) -> None:
     failing = Scripted(lambda row, tries: Outcome.retry("no"))
     async with running(relay(database, failing)):

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from outbox._message import Outgoing
 from outbox.relay import Limits
 from outbox.transport import Outcome
+from tests.relay.conftest import ON_EACH
 from tests.relay.database import Database
 from tests.relay.faulty import faulty_stores, gone
 from tests.relay.running import QUICK, eventually, relay, running
@@ -37,6 +38,7 @@ def of(broker: Scripted, key: str) -> list[str]:
     return [row.id for row in broker.stored if row.key == key]
 
 
+@ON_EACH
 @PIPELINES
 async def test_a_failed_message_holds_its_key_and_no_other(database: Database, pipeline: bool) -> None:
     failing = True
@@ -125,6 +127,7 @@ async def test_a_successor_is_not_parked_while_one_before_it_is_unanswered(datab
         assert [str(row.id) for row in database.rows("parked")] == ids
 
 
+@ON_EACH
 @PIPELINES
 async def test_after_its_budget_a_message_becomes_a_dead_letter_and_its_key_goes_on(
     database: Database, pipeline: bool
@@ -177,6 +180,7 @@ async def test_a_rejected_message_becomes_a_dead_letter_at_once_and_its_key_flow
     assert not any(broker.tries[id] > 1 for id in ids)
 
 
+@ON_EACH
 async def test_a_rejected_message_among_those_behind_does_not_send_its_successors_twice(database: Database) -> None:
     broker = Scripted(fails("k", 1))
     script = broker.script
@@ -212,6 +216,7 @@ async def test_messages_committed_while_their_key_is_released_are_sent_in_order(
     assert broker.ids() == ids
 
 
+@ON_EACH
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("what", ["park", "sent", "dead", "failed_again"])
 async def test_a_transaction_that_fails_or_whose_outcome_is_unknown_loses_and_inverts_nothing(
@@ -243,6 +248,7 @@ async def test_a_transaction_that_fails_or_whose_outcome_is_unknown_loses_and_in
     assert broker.first_ids() == [id for id in ids if id not in dead]
 
 
+@ON_EACH
 async def test_what_lost_its_head_by_hand_is_found_when_its_key_goes_on(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.relay.conftest import database, on_postgresql, on_sqlite, template
+from tests.relay.conftest import database, mariadb_template, on_mariadb, on_postgresql, on_sqlite, template
 
-__all__ = ["database", "on_postgresql", "on_sqlite", "template"]
+__all__ = ["database", "mariadb_template", "on_mariadb", "on_postgresql", "on_sqlite", "template"]

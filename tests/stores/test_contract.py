@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -21,7 +22,10 @@ DRIVERS = [
     *("sqlite", "sqlite+aiosqlite"),
     *("postgresql+psycopg", "postgresql+psycopg async", "postgresql+asyncpg"),
     *("postgresql+psycopg" + POOLED, "postgresql+asyncpg" + POOLED),
+    *("mysql", "mysql+pymysql", "mariadb+asyncmy"),
+    *(["mysql+mysqldb"] if find_spec("MySQLdb") else []),  # it has to be compiled
 ]
+SERVERS = {"sqlite": "sqlite", "postgresql": "postgresql", "mysql": "mariadb", "mariadb": "mariadb"}
 
 
 @pytest.fixture(params=DRIVERS)
@@ -31,7 +35,7 @@ def driver(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def database(request: pytest.FixtureRequest, driver: str) -> Database:
-    found: Database = request.getfixturevalue("on_sqlite" if driver.startswith("sqlite") else "on_postgresql")
+    found: Database = request.getfixturevalue(f"on_{SERVERS[driver.split('+')[0]]}")
     return found
 
 

@@ -38,10 +38,20 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("postgresql+asyncpg://app@db/app", "postgresql+asyncpg"),
         ("sqlite:///shop.db", "sqlite"),
         (sa.URL.create("postgresql", "app", host="db", database="app"), "postgresql+psycopg"),
+        ("mysql://app@db/app", "mysql+pymysql"),
+        ("mariadb://app@db/app", "mariadb+pymysql"),
+        ("mysql+aiomysql://app@db/app", "mysql+aiomysql"),
     ],
 )
-def test_the_driver_of_a_url(given: str | sa.URL, driver: str) -> None:
+def test_the_driver_of_a_url(given: str | sa.URL, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda module: None)  # as if mysqlclient were not there
     assert database_url(given).drivername == driver
+
+
+def test_mysqlclient_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda module: object())
+    assert database_url("mysql://app@db/app").drivername == "mysql"  # which is SQLAlchemy's word for it
+    assert database_url("mariadb+pymysql://app@db/app").drivername == "mariadb+pymysql"
 
 
 def test_a_url_becomes_an_engine_of_its_drivers_kind() -> None:
@@ -49,6 +59,14 @@ def test_a_url_becomes_an_engine_of_its_drivers_kind() -> None:
     assert isinstance(engine_for("sqlite:///shop.db"), sa.Engine)
     assert isinstance(engine_for("postgresql+asyncpg://app@db/app"), AsyncEngine)
     assert isinstance(engine_for("sqlite+aiosqlite:///shop.db"), AsyncEngine)
+    assert isinstance(engine_for("mysql+pymysql://app@db/app"), sa.Engine)
+
+
+def test_mysql_and_mariadb_have_a_driver_of_each_kind() -> None:
+    for url in ("mysql://app@db/app", "mariadb://app@db/app"):
+        assert engine_for(url).dialect.driver in ("pymysql", "mysqldb")
+        assert sync_engine_for(url).dialect.driver in ("pymysql", "mysqldb")
+        assert async_engine_for(url).dialect.driver == "asyncmy"
 
 
 def test_sync_and_async_engines_of_one_url() -> None:
@@ -100,8 +118,7 @@ def test_files_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     ("given", "said"),
     [
         ("postgresql://app:***@db/app", r"str\(engine.url\); use engine.url.render_as_string\(hide_password=False\)"),
-        ("mysql://app:s3cret@db/app", "'mysql' is not supported"),
-        ("oracle://app:s3cret@db/app", "'oracle' is not supported"),
+        ("oracle://app:s3cret@db/app", "'oracle' is not supported here: PostgreSQL, MySQL, MariaDB and SQLite are"),
         ("postgresql+nothing://app:s3cret@db/app", "unknown to SQLAlchemy"),
         ("not a url, s3cret", "no URL that SQLAlchemy can read"),
         ("postgresql://app:s3cret@db:port/app", "no URL that SQLAlchemy can read"),
@@ -129,6 +146,9 @@ def test_the_printed_url_of_an_engine_is_refused() -> None:
         ("psycopg", "postgresql://app:s3cret@db/app", "pip install 'pyoutbox[postgresql]'"),
         ("aiosqlite", "sqlite+aiosqlite:///x.db", "pip install 'pyoutbox[sqlite]'"),
         ("asyncpg", "postgresql+asyncpg://app:s3cret@db/app", "pip install asyncpg"),
+        ("asyncmy", "mysql+asyncmy://app:s3cret@db/app", "pip install 'pyoutbox[mysql]'"),
+        ("pymysql", "mysql+pymysql://app:s3cret@db/app", "pip install 'pyoutbox[mysql]'"),
+        ("MySQLdb", "mysql+mysqldb://app:s3cret@db/app", "pip install mysqlclient"),
         ("greenlet", "sqlite+aiosqlite:///x.db", "pip install 'pyoutbox[async]'"),
     ],
 )

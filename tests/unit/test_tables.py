@@ -16,7 +16,7 @@ from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from outbox import ConfigurationError, Outbox
-from outbox.dialects import clock, insert_if_absent
+from outbox.dialects import clock, insert_if_absent, was_absent
 from outbox.tables import SCHEMA_VERSION, Tables
 
 NAMES = {
@@ -198,9 +198,18 @@ def test_positions_are_given_out_one_by_one_and_never_again() -> None:
 
 def test_mysql_compares_keys_byte_by_byte_and_keeps_microseconds() -> None:
     text = ddl("mysql://")
-    assert "`key` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin" in text
+    assert (
+        "`key` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin" in text
+    )  # not …_bin, which pads 'a' and 'a '
     assert "created_at DATETIME(6) NOT NULL DEFAULT (utc_timestamp(6))" in text
     assert "payload LONGBLOB" in text
+    assert "`key` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin" in ddl("mariadb://")
+
+
+def test_mysql_and_mariadb_have_the_same_type_for_ids() -> None:
+    """SQLAlchemy's own would be CHAR(32) by one URL of a MariaDB and UUID by another."""
+    for url in ("mysql://", "mariadb://"):
+        assert "id CHAR(36) CHARACTER SET ascii COLLATE ascii_general_ci NOT NULL" in ddl(url)
 
 
 def test_other_databases_are_refused_by_name() -> None:
@@ -211,10 +220,12 @@ def test_other_databases_are_refused_by_name() -> None:
 # ---------------------------------------------------------------- created
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     if request.param == "postgresql":
         url = sa.make_url(request.getfixturevalue("postgresql_url")).set(drivername="postgresql+psycopg")
+    elif request.param == "mariadb":
+        url = sa.make_url(request.getfixturevalue("mariadb_url")).set(drivername="mysql+pymysql")
     else:
         url = sa.make_url(f"sqlite:///{tmp_path / 'tables.db'}")
     engine = sa.create_engine(url)
@@ -236,11 +247,13 @@ def test_a_copy_in_another_schema_seeds_itself(engine: sa.Engine) -> None:
     for table in Outbox().tables.all:
         table.to_metadata(copy, schema="copy")
     with engine.begin() as connection:
-        if engine.dialect.name == "postgresql":
-            connection.execute(sa.schema.CreateSchema("copy"))
+        if engine.dialect.name != "sqlite":
+            connection.execute(sa.schema.CreateSchema("copy", if_not_exists=True))
         copy.create_all(connection)
         leases = copy.tables["copy.outbox_lease"]
         assert connection.scalar(sa.select(sa.func.count()).select_from(leases)) == 64
+        if engine.dialect.name == "mysql":
+            connection.execute(sa.schema.DropSchema("copy"))  # a database of the server's
 
 
 def test_two_outboxes_with_other_prefixes_live_side_by_side(engine: sa.Engine) -> None:
@@ -278,4 +291,4 @@ def test_an_insert_if_absent_says_whether_it_was(engine: sa.Engine) -> None:
     row = {"consumer": "billing", "message_id": uuid.uuid4(), "outcome": "done"}
     with engine.begin() as connection:
         insert = insert_if_absent(outbox.tables.inbox, engine.dialect.name)
-        assert [connection.execute(insert, row).rowcount for _ in range(3)] == [1, 0, 0]
+        assert [was_absent(connection.execute(insert, row)) for _ in range(3)] == [True, False, False]

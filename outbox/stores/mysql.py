@@ -1,0 +1,179 @@
+"""The relay's hot path on MySQL (8.0.17 or newer) and MariaDB (10.6 or newer): the engine's own driver, raw, in autocommit
+mode and READ COMMITTED, so that it holds no lock that a writer could wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
+
+from outbox._message import Outgoing
+from outbox.stores._run import Runner, unavailable
+from outbox.tables import Tables
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+T = TypeVar("T")
+
+# In the order of the primary key, from the first row on: above any other position a row could still be committed late.
+# One statement, so one snapshot: a late commit and what was committed after it are seen together or in this order.
+# No parameters, since drivers put them into the text anyway: numbers, and topics as hexadecimal digits.
+READ: Final = (
+    "select position, id, topic, `key`, type, payload, content_type, headers, bucket from {message}"
+    "{where} order by position limit {limit}"
+)
+# Runs of positions, each of which is in flight: ranges of the primary key. Many of them would take the optimizer longer
+# than all the rows; "+ 0" keeps it from making ranges out of the list.
+BETWEEN: Final = "position not between {first} and {last}"
+NOT_IN: Final = "position + 0 not in ({positions})"
+RUNS: Final = 16
+OF_BUCKETS: Final = "bucket in ({buckets})"
+WITHOUT_TOPICS: Final = "topic not in ({topics})"
+
+# By the primary key, one look-up a position. Not by ranges, though they are quicker: InnoDB also locks the row behind a
+# range, and would wait for the open transaction that inserts it.
+SETTLE: Final = "delete from {message} where position in ({positions})"
+
+# What the connection gets. Under REPEATABLE READ to delete a position that is not there locks the gap that it left, and
+# inserts into it wait.
+QUIETLY: Final = ("set session transaction isolation level read committed", "set autocommit = 1")
+# MariaDB makes a subquery with a table of a list this long, which takes five times as long.
+LISTS_STAY_LISTS: Final = "set in_predicate_conversion_threshold = 0"
+
+DEADLOCK: Final = 1213
+TRIES: Final = 5
+
+
+class MysqlStore:
+    """`outbox.store.Store` for MySQL and MariaDB. Two connections for the hot path (reads, settles), the rest through
+    SQLAlchemy. ``hot``: an engine of the same database whose driver the hot path uses instead."""
+
+    def __init__(
+        self,
+        tables: Tables,
+        engine: sa.Engine | AsyncEngine,
+        *,
+        ours: bool = False,
+        hot: AsyncEngine | None = None,
+    ) -> None:
+        self.tables = tables
+        self.dialect = engine.dialect.name
+        # an engine that is made here has the level from its start, one of the caller's gets it for each transaction
+        quiet = engine if ours else engine.execution_options(isolation_level="READ COMMITTED")
+        self._runner = Runner(quiet, ours=ours)
+        self._table = mysql.dialect().identifier_preparer.format_table(tables.message)
+        # decoded in C and without a thread, which a server that falls silent would keep
+        self._hot = Runner(hot, ours=True) if hot is not None else self._runner
+        self._reader, self._settler = _Line(self._hot), _Line(self._hot)
+
+    def rewind(self) -> None:
+        """Reading begins at the first row every time."""
+
+    async def read(
+        self, buckets: Collection[int] | None, in_flight: Collection[int], without_topics: Collection[str], limit: int
+    ) -> list[Outgoing]:
+        conditions = list(_without(in_flight))
+        if buckets is not None:
+            conditions.append(OF_BUCKETS.format(buckets=_numbers(buckets)))
+        if without_topics:
+            topics = ", ".join(f"_utf8mb4 0x{topic.encode().hex()}" for topic in without_topics)
+            conditions.append(WITHOUT_TOPICS.format(topics=topics))
+        where = " where " + " and ".join(conditions) if conditions else ""
+        rows, _ = await self._execute(self._reader, READ.format(message=self._table, where=where, limit=int(limit)))
+        return list(map(Outgoing._make, rows))
+
+    async def settle(self, positions: Sequence[int]) -> int:
+        if not positions:
+            return 0
+        _, count = await self._execute(
+            self._settler, SETTLE.format(message=self._table, positions=_numbers(positions)), TRIES
+        )
+        return count
+
+    async def run(self, work: Callable[[sa.Connection], T]) -> T:
+        return await self._runner.run(work)
+
+    async def close(self) -> None:
+        await self._reader.close()
+        await self._settler.close()
+        await self._runner.close()
+        if self._hot is not self._runner:
+            await self._hot.close()
+
+    async def _execute(self, line: _Line, sql: str, tries: int = 1) -> tuple[Sequence[Sequence[Any]], int]:
+        """Rows and row count. Tried again where the server chose the statement as a deadlock's victim: then nothing of it
+        has happened for certain. After any other failure, cancellation included, the connection's state is unknown, and
+        what the caller read through the other one may be another server's: both are made anew."""
+        try:
+            while True:
+                try:
+                    return await line.execute(sql)
+                except Exception as error:
+                    tries -= 1
+                    if not tries or _code(error) != DEADLOCK:
+                        raise
+        except BaseException as error:
+            self._reader.old = self._settler.old = True
+            await line.close()
+            if self._hot.is_drivers(error):
+                raise unavailable(self._hot.engine, error) from error
+            raise
+
+
+class _Line:
+    """One connection of the hot path, for one statement at a time."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._connection: Any = None
+        self.old = False
+
+    async def execute(self, sql: str) -> tuple[Sequence[Sequence[Any]], int]:
+        if self._connection is None or self.old:
+            await self.close()
+            self.old = False
+            self._connection = await self._runner.raw()
+            for statement in QUIETLY:
+                await self._runner.raw_execute(self._connection, statement)
+            if self._runner.engine.dialect.is_mariadb:  # type: ignore[attr-defined]
+                await self._runner.raw_execute(self._connection, LISTS_STAY_LISTS)
+        return await self._runner.raw_execute(self._connection, sql)
+
+    async def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await self._runner.raw_close(connection)
+
+
+def _without(in_flight: Collection[int]) -> Iterator[str]:
+    if not in_flight:
+        return
+    runs = list(_runs(sorted(in_flight)))
+    if len(runs) > RUNS:
+        yield NOT_IN.format(positions=_numbers(in_flight))
+        return
+    for first, last in runs:
+        yield BETWEEN.format(first=first, last=last)
+
+
+def _runs(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The runs of whole numbers, each of which is there: of 4, 5, 6, 9 they are 4 to 6 and 9 to 9."""
+    first = last = positions[0]
+    for position in positions:
+        if position > last + 1:
+            yield first, last
+            first = position
+        last = position
+    yield first, last
+
+
+def _numbers(numbers: Iterable[int]) -> str:
+    return ",".join(map(str, map(int, numbers)))
+
+
+def _code(error: BaseException) -> Any:
+    """The server's number of an error."""
+    return error.args[0] if error.args else None
