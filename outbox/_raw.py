@@ -81,7 +81,8 @@ def _is_not_answered(driver: Driver, cursor: Any, call: _Call) -> bool:
 
 
 def _count(driver: Driver, cursor: Any, work: Work) -> int:
-    return work.count(cursor, driver.database) if isinstance(work, Statement) else cursor.rowcount
+    found: int = work.touched(cursor, driver.database) if isinstance(work, Statement) else cursor.rowcount
+    return found
 
 
 def _tell(call: _Call) -> None:

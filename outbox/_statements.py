@@ -24,9 +24,10 @@ class Statement(NamedTuple):
     parameters: dict[str, Any]
     if_absent: bool = False
 
-    def count(self, result: Any, dialect: str) -> int:
+    def touched(self, result: Any, dialect: str) -> int:
         """How many rows it touched, from SQLAlchemy's result or a driver's cursor."""
-        return was_absent(result, dialect) if self.if_absent else result.rowcount
+        found: int = was_absent(result, dialect) if self.if_absent else result.rowcount
+        return found
 
 
 def cancel(tables: Tables, id: uuid.UUID) -> Statement:

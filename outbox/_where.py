@@ -187,7 +187,7 @@ def run(target: Target, statement: Statement, bind_arguments: Mapping[str, Any] 
         transactions.refuse_unfit(target)
         connection = target
     dialect = connection.dialect.name
-    return statement.count(connection.execute(statement.on(dialect), statement.parameters), dialect)
+    return statement.touched(connection.execute(statement.on(dialect), statement.parameters), dialect)
 
 
 async def awork(where: Any, work: _raw.Work, sync: Callable[[Session | sa.Connection], Any]) -> Any:

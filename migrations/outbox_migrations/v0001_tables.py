@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-from outbox.dialects import UtcDateTime, binary, long_text, now, number, text
+from outbox.dialects import UtcDateTime, binary, long_text, now, number, text, unique_id
 from outbox_migrations._operations import Operation, create_index, create_table, drop_table, seed
 from outbox_migrations._step import Place, Step
 
@@ -74,7 +74,7 @@ class _Builder:
 
 def _body() -> list[sa.Column[Any]]:
     return [
-        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("id", unique_id(), nullable=False),
         sa.Column("bucket", sa.SmallInteger(), nullable=False),
         sa.Column("topic", text(255), nullable=False),
         sa.Column("key", text(255)),
@@ -128,9 +128,9 @@ def _parked(t: _Builder) -> sa.Table:
 def _dead_letter(t: _Builder) -> sa.Table:
     return t.table(
         "dead_letter",
-        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("id", unique_id(), nullable=False),
         sa.Column("consumer", text(128), nullable=False),
-        sa.Column("message_id", sa.Uuid(), nullable=False),
+        sa.Column("message_id", unique_id(), nullable=False),
         sa.Column("cycle", sa.Integer(), nullable=False),
         sa.Column("topic", text(255), nullable=False),
         sa.Column("partition", sa.Integer()),
@@ -154,7 +154,7 @@ def _dead_letter(t: _Builder) -> sa.Table:
         sa.Column("app_version", text(64)),
         sa.Column("state", text(16), nullable=False),
         sa.Column("closed_at", UtcDateTime()),
-        sa.Column("edited_from", sa.Uuid()),
+        sa.Column("edited_from", unique_id()),
         t.primary_key("dead_letter", "id"),
         t.unique("dead_letter", "consumer", "message_id", "cycle"),
         t.index("dead_letter_state", "state", "fingerprint", "dead_at"),
@@ -180,7 +180,7 @@ def _inbox(t: _Builder) -> sa.Table:
     return t.table(
         "inbox",
         sa.Column("consumer", text(128), nullable=False),
-        sa.Column("message_id", sa.Uuid(), nullable=False),
+        sa.Column("message_id", unique_id(), nullable=False),
         sa.Column("outcome", text(8), nullable=False),
         sa.Column("cycle", sa.Integer(), nullable=False, server_default=sa.text("0")),
         sa.Column("processed_at", UtcDateTime(), nullable=False, server_default=now()),
@@ -193,7 +193,7 @@ def _attempt(t: _Builder) -> sa.Table:
     return t.table(
         "attempt",
         sa.Column("consumer", text(128), nullable=False),
-        sa.Column("message_id", sa.Uuid(), nullable=False),
+        sa.Column("message_id", unique_id(), nullable=False),
         sa.Column("cycle", sa.Integer(), nullable=False, server_default=sa.text("0")),
         sa.Column("topic", text(255), nullable=False),
         sa.Column("partition", sa.Integer()),
@@ -221,7 +221,7 @@ def _sent(t: _Builder) -> sa.Table:
     return t.table(
         "sent",
         sa.Column("position", sa.BigInteger(), autoincrement=False, nullable=False),
-        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("id", unique_id(), nullable=False),
         sa.Column("topic", text(255), nullable=False),
         sa.Column("partition", sa.Integer()),
         sa.Column("offset", sa.BigInteger()),

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 # In the order of the primary key, from the first row on: above any other position a row could still be committed late.
 # One statement, so one snapshot: a late commit and what was committed after it are seen together or in this order.
-# No parameters, since drivers put them into the text anyway: numbers, and topics as hexadecimal digits.
+# No parameters, since drivers put them into the text anyway.
 READ: Final = (
     "select position, id, topic, `key`, type, payload, content_type, headers, bucket from {message}"
     "{where} order by position limit {limit}"
@@ -34,8 +34,9 @@ OF_BUCKETS: Final = "bucket in ({buckets})"
 WITHOUT_TOPICS: Final = "topic not in ({topics})"
 
 # By the primary key, one look-up a position. Not by ranges, though they are quicker: InnoDB also locks the row behind a
-# range, and would wait for the open transaction that inserts it.
-SETTLE: Final = "delete from {message} where position in ({positions})"
+# range, and would wait for the open transaction that inserts it. And by id: a proxy (ProxySQL, those of the clouds) hides a
+# fail-over, after which another message may have the position. That costs 1 µs a row.
+SETTLE: Final = "delete from {message} where position in ({positions}) and id in ({ids})"
 
 # What the connection gets. Under REPEATABLE READ to delete a position that is not there locks the gap that it left, and
 # inserts into it wait.
@@ -79,18 +80,17 @@ class MysqlStore:
         if buckets is not None:
             conditions.append(OF_BUCKETS.format(buckets=_numbers(buckets)))
         if without_topics:
-            topics = ", ".join(f"_utf8mb4 0x{topic.encode().hex()}" for topic in without_topics)
-            conditions.append(WITHOUT_TOPICS.format(topics=topics))
+            conditions.append(WITHOUT_TOPICS.format(topics=_texts(list(without_topics))))
         where = " where " + " and ".join(conditions) if conditions else ""
         rows, _ = await self._execute(self._reader, READ.format(message=self._table, where=where, limit=int(limit)))
         return list(map(Outgoing._make, rows))
 
-    async def settle(self, positions: Sequence[int]) -> int:
-        if not positions:
+    async def settle(self, rows: Sequence[Outgoing]) -> int:
+        if not rows:
             return 0
-        _, count = await self._execute(
-            self._settler, SETTLE.format(message=self._table, positions=_numbers(positions)), TRIES
-        )
+        positions = _numbers(row.position for row in rows)
+        statement = SETTLE.format(message=self._table, positions=positions, ids=_texts([row.id for row in rows]))
+        _, count = await self._execute(self._settler, statement, TRIES)
         return count
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
@@ -172,6 +172,14 @@ def _runs(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 def _numbers(numbers: Iterable[int]) -> str:
     return ",".join(map(str, map(int, numbers)))
+
+
+def _texts(texts: list[str]) -> str:
+    """A list of literals; where one could end early, in hexadecimal digits."""
+    joined = "','".join(texts)
+    if joined.count("'") == 2 * (len(texts) - 1) and "\\" not in joined:
+        return f"'{joined}'"
+    return ",".join(f"_utf8mb4 0x{text.encode().hex()}" for text in texts)
 
 
 def _code(error: BaseException) -> Any:
