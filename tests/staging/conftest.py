@@ -145,7 +145,7 @@ def server_engine(url: str | sa.URL, **options: Any) -> sa.Engine:
     return (postgresql_engine if backend == "postgresql" else mariadb_engine)(url, **options)
 
 
-def send_begin(engine: sa.Engine) -> None:
+def send_begin(engine: sa.Engine, begin: str = "BEGIN") -> None:
     """The recipe of SQLAlchemy's documentation for savepoints on SQLite: the driver sends no BEGIN, we do."""
 
     @sa.event.listens_for(engine, "connect")
@@ -153,8 +153,8 @@ def send_begin(engine: sa.Engine) -> None:
         connection.isolation_level = None
 
     @sa.event.listens_for(engine, "begin")
-    def begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN")
+    def send(connection: sa.Connection) -> None:
+        connection.exec_driver_sql(begin)
 
 
 # ---------------------------------------------------------------- a database that is lent again
