@@ -77,7 +77,7 @@ class Staged:
     the Core connection, which no session sees, takes exactly the rows staged since.
     """
 
-    __slots__ = ("by_ddl", "clock", "committed", "rows", "savepoints", "unflushed")
+    __slots__ = ("by_ddl", "clock", "committed", "inserting", "rows", "savepoints", "undone", "unflushed")
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -86,6 +86,8 @@ class Staged:
         self.unflushed = False  # some of the rows may be
         self.committed = False  # by a statement that SQLAlchemy does not take for a commit
         self.by_ddl = False  # and that was not COMMIT itself
+        self.inserting = False
+        self.undone = False  # by the database, when these rows were inserted
 
 
 on_transaction: weakref.WeakKeyDictionary[sa.RootTransaction, Staged] = weakref.WeakKeyDictionary()

@@ -112,7 +112,14 @@ def _insert(connection: sa.Connection, session: Session | None = None) -> None:
     """Insert what is staged on this connection; forget it only once that succeeded. In the name of no session, that is
     for a commit that may have gone past it, rows stay with the changes that are not flushed."""
     state = staged_on(connection)
-    if state is None or not state.rows:
+    if state is None:
+        return
+    if state.undone:
+        raise TransactionError(
+            "the database rolled back this transaction when its messages were inserted: nothing of it can be committed. "
+            "Roll back, and do it again"
+        )
+    if not state.rows:
         return
     if state.unflushed and session is None:
         for row in [row for row in state.rows if row.unflushed]:
@@ -122,7 +129,11 @@ def _insert(connection: sa.Connection, session: Session | None = None) -> None:
                 state.rows.remove(row)
                 if root is not None:
                     on_session.setdefault(root, []).append(row)
-    _execute(connection, state.rows)
+    state.inserting = True
+    try:
+        _execute(connection, state.rows)
+    finally:
+        state.inserting = False
 
 
 def _execute(connection: sa.Connection, rows: list[Row]) -> None:
@@ -296,6 +307,7 @@ def _handle_error(context: sa.engine.ExceptionContext) -> None:
     if connection is None or state is None or not state.rows or state.committed:
         return
     if transactions.undone_by_error(connection, context.original_exception):
+        state.undone = state.inserting
         _roll_back(connection, state)
         return
     word, rest = transactions.first_word(context.statement or "")

@@ -29,6 +29,10 @@ class DatabaseTrouble(Exception):
     """The database failed, not the message: its cause says how. No attempt is spent."""
 
 
+class NoRoom(DatabaseTrouble):
+    """SQLite's disk is full, which no message is to blame for, however often it is tried."""
+
+
 class Effect:
     """``claim`` when the transaction has begun, then the handler, then ``complete``; then the caller commits."""
 

@@ -15,7 +15,7 @@ from outbox._outbox import Outbox
 from outbox.backoff import Backoff
 from outbox.consumer.attempts import Attempts
 from outbox.consumer.binding import Handler
-from outbox.consumer.effect import DatabaseTrouble, Effect
+from outbox.consumer.effect import DatabaseTrouble, Effect, NoRoom
 from outbox.consumer.handlers import Handlers
 from outbox.consumer.incoming import Incoming
 from outbox.consumer.retries import Retries
@@ -162,7 +162,7 @@ class Processing:
         try:
             handled = await self.transactions.handle(effect, payload, self.provide)
         except DatabaseTrouble as trouble:
-            if effect.claimed and trouble.__cause__ is not None:
+            if effect.claimed and trouble.__cause__ is not None and not isinstance(trouble, NoRoom):
                 # the handler was reached: perhaps it is what breaks the connection
                 incoming.spared += 1
                 if incoming.spared > SPARED:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from outbox._transactions import connection_for
 from outbox.consumer.binding import Handler
-from outbox.consumer.effect import DatabaseTrouble, Effect, guarded
+from outbox.consumer.effect import DatabaseTrouble, Effect, NoRoom, guarded
 from outbox.consumer.threads import Threads
 from outbox.errors import ConfigurationError, OutboxError, StoreUnavailable
 from outbox.stores.engine import Database, async_engine_for, is_engine, require_file, sync_engine_for
@@ -299,23 +299,27 @@ def _before_the_handler() -> Iterator[None]:
 @contextlib.contextmanager
 def _database_perhaps(effect: Effect) -> Iterator[None]:
     """Around handler and commit. The database is to blame where **our** connection was lost, and where SQLite's one write
-    lock was not to be had; not for what a handler meets elsewhere, nor for what its own statements deserve."""
+    lock was not to be had or its disk is full; not for what a handler meets elsewhere, nor for what its own statements
+    deserve."""
     try:
         yield
     except DatabaseTrouble:
         raise
     except Exception as error:
         lost = effect.connection is not None and effect.connection.invalidated
-        if lost or _is_busy(error):
+        code = _sqlite_code(error)
+        if code == sqlite3.SQLITE_FULL:
+            raise NoRoom from error
+        if lost or code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise DatabaseTrouble from error
         raise
 
 
-def _is_busy(error: BaseException | None) -> bool:
+def _sqlite_code(error: BaseException | None) -> int | None:
+    """The error of SQLite's that is behind this one, if any is."""
     seen = 0
     while error is not None and seen < 20:
         if isinstance(error, sqlite3.OperationalError):
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+            return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
         error, seen = getattr(error, "orig", None) or error.__cause__ or error.__context__, seen + 1
-    return False
+    return None

@@ -66,8 +66,8 @@ def _entity(chance: random.Random, entity: int, in_savepoint: bool) -> list[Step
     steps: list[Step] = []
     # A message may come before its lock, if both are in one savepoint or none: rolled back, they go together.
     for step in [*adds, lock] if chance.random() < 0.5 else [lock, *adds]:
-        steps += chance.choices([[], [("flush",)], [("query",)], [("pause", chance.random() * 0.004)]])[0]
-        steps.append(step)
+        between: list[Step | None] = [None, ("flush",), ("query",), ("pause", chance.random() * 0.004)]
+        steps += [one for one in (chance.choice(between), step) if one]
     if not in_savepoint:
         return steps
     return [("savepoint", chance.choice(["session", "connection"]), chance.random() < 0.6, steps)]

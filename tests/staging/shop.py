@@ -27,7 +27,12 @@ class Order(Base):
 
 outbox = Outbox(Base.metadata)
 
-TABLES = [Order.__table__, outbox.tables.message, outbox.tables.scheduled, outbox.tables.inbox]
+TABLES: list[sa.Table] = [
+    Base.metadata.tables[Order.__tablename__],
+    outbox.tables.message,
+    outbox.tables.scheduled,
+    outbox.tables.inbox,
+]
 
 Bind = sa.Engine | sa.Connection
 

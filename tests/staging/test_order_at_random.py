@@ -14,6 +14,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -47,11 +48,9 @@ DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql", "sqlite
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
     """The URL of a database with entities, and the isolation level, or SQLite's BEGIN, of its writers."""
     database, level = request.param
-    if database == "sqlite":
-        url = f"sqlite:///{tmp_path / 'shop.db'}"
-    else:
-        url = request.getfixturevalue(f"{database}_shop_url")
-    url = str(sa.make_url(url).set(drivername=DRIVERS[sa.make_url(url).get_backend_name()]))
+    on_file = f"sqlite:///{tmp_path / 'shop.db'}"
+    found = sa.make_url(on_file if database == "sqlite" else request.getfixturevalue(f"{database}_shop_url"))
+    url = found.set(drivername=DRIVERS[found.get_backend_name()]).render_as_string(hide_password=False)
     engine = sa.create_engine(url)
     if database == "sqlite":
         ShopBase.metadata.create_all(engine, tables=TABLES)
@@ -111,7 +110,7 @@ class Run:
         by_entity: dict[int, list[Place]] = defaultdict(list)
         for text in self.sent:
             by_entity[places[text][0]].append(places[text])
-        return [(a, b) for found in by_entity.values() for a, b in zip(found, found[1:], strict=False) if a > b]
+        return [(a, b) for found in by_entity.values() for a, b in pairwise(found) if a > b]
 
 
 @pytest.mark.parametrize("place", EVERYWHERE, indirect=True)
