@@ -180,19 +180,21 @@ class Writer:
 
     def run(self, steps: list[Step], chance: random.Random) -> None:
         for _ in range(ATTEMPTS):
-            with Session(self.engine) as session:
-                attempt = Attempt(session, self.at_once, core=steps[-1][0] == "core")
-                try:
-                    if self.engine.dialect.name == "sqlite" and not self.engine.dispatch.begin:
-                        # it would commit with the first savepoint: docs/guide.md, SQLite
-                        session.execute(sa.update(Entity).where(sa.false()).values(n=0))
-                    attempt.run(steps)
-                except sa.exc.OperationalError:
-                    self.failed += 1
-                else:
-                    self.committed += attempt.places()
-                    return
+            try:
+                self.committed += self.once(steps)
+                return
+            except sa.exc.OperationalError:  # also by the session's end, where a deadlock took its savepoints
+                self.failed += 1
             time.sleep(chance.random() * 0.02)  # or the same two meet again
+
+    def once(self, steps: list[Step]) -> list[Place]:
+        with Session(self.engine) as session:
+            attempt = Attempt(session, self.at_once, core=steps[-1][0] == "core")
+            if self.engine.dialect.name == "sqlite" and not self.engine.dispatch.begin:
+                # it would commit with the first savepoint: docs/guide.md, SQLite
+                session.execute(sa.update(Entity).where(sa.false()).values(n=0))
+            attempt.run(steps)
+            return attempt.places()
 
 
 def now_and_then_late(rows: list[Row]) -> None:

@@ -28,6 +28,7 @@ DRIVERS = [
     "sqlite+aiosqlite",
     pytest.param("postgresql+asyncpg", marks=pytest.mark.timeout(INSTALL_TIMEOUT)),
     pytest.param("postgresql+psycopg", marks=pytest.mark.timeout(INSTALL_TIMEOUT)),
+    pytest.param("mysql+asyncmy", marks=pytest.mark.timeout(INSTALL_TIMEOUT)),
 ]
 
 

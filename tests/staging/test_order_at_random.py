@@ -13,7 +13,7 @@ import os
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from outbox._message import Outgoing
 from outbox.stores import open_store
 from tests.services.fixtures import INSTALL_TIMEOUT
 from tests.staging.programs import ENTITIES, Base, Entity, Place
@@ -73,9 +74,8 @@ class Run:
         self.sent: list[str] = []
 
     async def write_and_read(self) -> Run:
-        writers = asyncio.gather(*(self.write(number) for number in range(PROCESSES)))
-        await self.read(writers)
-        await writers
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.read([tasks.create_task(self.write(number)) for number in range(PROCESSES)]))
         return self
 
     async def write(self, number: int) -> None:
@@ -83,21 +83,26 @@ class Run:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tests.staging.programs", json.dumps(arguments)), stdout=asyncio.subprocess.PIPE
         )
-        output, _ = await process.communicate()
+        try:
+            output, _ = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
         assert process.returncode == 0, f"seed {self.seed}"
         found = json.loads(output)
         self.committed += [tuple(place) for place in found["committed"]]
         self.failed += found["failed"]
 
-    async def read(self, writers: asyncio.Future[list[None]]) -> None:
+    async def read(self, writers: Sequence[asyncio.Task[None]]) -> None:
         store = open_store(self.url, outbox.tables)
         chance = random.Random(self.seed)
         try:
             while True:
-                over = writers.done()
-                rows = await store.read(None, (), (), chance.choice([1, 5, 1000]))
+                over = all(writer.done() for writer in writers)
+                rows: list[Outgoing] = await store.read(None, (), (), chance.choice([1, 5, 1000]))
                 self.sent += [(row.payload or b"").decode() for row in rows]
-                await store.settle([row.position for row in rows])
+                await store.settle(rows)
                 if over and not rows:
                     return
                 await asyncio.sleep(0.005)

@@ -107,8 +107,8 @@ async def test_a_relay_on_such_an_engine_beside_writers_sends_all_of_it(shop: Sh
                         message = outbox.add(session, "orders", b"{}", key=number, deliver_at=later)
                         session.add(Order(name=f"{number}.{turn}"))
                     break
-                except sa.exc.OperationalError as error:
-                    assert "locked" in str(error)
+                except sa.exc.OperationalError:  # locked: see above
+                    continue
             with lock:
                 expected.append(str(message.id))
 
