@@ -31,6 +31,8 @@ class Runner:
     def __init__(self, engine: sa.Engine | AsyncEngine, *, ours: bool = False) -> None:
         self.engine = engine
         self._ours = ours
+        # what work raises that asks the driver itself, past SQLAlchemy
+        self._driver_error: type[Exception] = engine.dialect.loaded_dbapi.Error
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="outbox-store")
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
@@ -41,7 +43,7 @@ class Runner:
                 return await self._in_thread(self._in_transaction, work)
             async with self.engine.begin() as connection:
                 return await connection.run_sync(work)
-        except (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError) as error:
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError, self._driver_error) as error:
             raise unavailable(self.engine, error) from error
 
     async def _in_thread(

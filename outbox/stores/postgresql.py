@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import sqlalchemy as sa
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 T = TypeVar("T")
+_outgoing = partial(tuple.__new__, Outgoing)
 
 # The primary key gives the order and the start; what is left out is a small list. One statement, so one snapshot: a
 # late commit and what was committed after it are seen together or in this order. Sent unprepared with the list as a
@@ -181,7 +183,7 @@ class PostgresqlStore:
             self.rewind()  # what else is below that floor comes with the next reads
         elif sweep:
             self._swept = now
-        return list(map(Outgoing._make, rows))
+        return list(map(_outgoing, rows))
 
     async def settle(self, rows: Sequence[Outgoing]) -> int:
         positions = [row.position for row in rows]

@@ -179,3 +179,15 @@ async def test_an_error_of_the_database_is_said_in_one_line_without_what_it_quot
     assert "parameters" not in str(told.value)
     assert "\n" not in str(told.value)
     assert isinstance(told.value.__cause__, sa.exc.IntegrityError)
+
+
+async def test_a_table_that_is_gone_is_the_databases_error_for_reads_and_settles(
+    store: Store, database: Database
+) -> None:
+    database.add("a")
+    assert await read(store) == ["a"]
+    database.tables.message.drop(database.engine)
+    with pytest.raises(StoreUnavailable, match="outbox_message"):
+        await store.read(None, (), (), 10)
+    with pytest.raises(StoreUnavailable, match="outbox_message"):
+        await store.settle([1])
