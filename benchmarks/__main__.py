@@ -6,7 +6,7 @@ import sys
 
 from benchmarks.figures import Report
 
-NAMES = ("add", "relay")
+NAMES = ("add", "relay", "stores")
 
 
 def main() -> int:

@@ -56,7 +56,8 @@ class clock(FunctionElement[dt.datetime]):
 
 @compiles(clock)
 def _clock_postgresql(element: clock, compiler: Any, **kw: Any) -> str:
-    return f"clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)})"
+    # of the statement, not clock_timestamp(): that is another one for each row, so that no index can be searched for it
+    return f"statement_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)})"
 
 
 @compiles(clock, "sqlite")

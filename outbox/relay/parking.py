@@ -209,9 +209,10 @@ def _promote(connection: sa.Connection, tables: Tables, key: ParkedKey | None) -
 def _promote_where_headless(connection: sa.Connection, tables: Tables, keys: Sequence[ParkedKey]) -> None:
     parked = tables.parked
     group = (parked.c.bucket, parked.c.topic, parked.c.key)
+    # not (bucket, topic, key) IN (…), for which SQLite reads the whole table
     firsts = connection.scalars(
         sa.select(sa.func.min(parked.c.position))
-        .where(sa.tuple_(*group).in_(keys))
+        .where(sa.or_(*(_of_key(tables, key) for key in keys)))
         .group_by(*group)
         .having(sa.func.sum(sa.case((parked.c.role == "head", 1), else_=0)) == 0)
     ).all()

@@ -1,0 +1,333 @@
+"""Reading and removing rows through each store, beside its bare driver doing the same two statements; long backlogs; a
+snapshot that somebody holds open; what one message adds to a business transaction (`benchmarks.transactions`).
+
+Nothing is published here. ``read_delete``: one page is read, then removed, then the next is read. ``pipelined``: the next is
+read while the last is removed, as the relay does it, with what is in flight left out of each read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiosqlite
+import psycopg
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from benchmarks import relay, transactions
+from benchmarks.figures import Report
+from benchmarks.servers import postgresql
+from outbox import Outbox
+from outbox.store import Store
+from outbox.stores import open_store
+from outbox.stores import postgresql as postgresql_store
+from outbox.stores import sqlite as sqlite_store
+from outbox.stores.engine import sync_engine_for
+
+BATCH = 1000
+WINDOW = 4000  # rows in flight at the most, pipelined
+ROWS = 200_000
+LONG, SHORT = 1_000_000, 10_000
+
+outbox = Outbox()
+
+
+class Bench(ABC):
+    """One way to one database. ``reference``: what the bare driver is called in figures."""
+
+    name: str
+    reference: str
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.engine = sync_engine_for(url, create=True)
+        outbox.metadata.create_all(self.engine)
+
+    @abstractmethod
+    def fill(self, rows: int) -> None:
+        """That many rows of about 380 bytes, and nothing else; as if they had been there for a while."""
+
+    @abstractmethod
+    def bare(self, rows: int) -> float:
+        """Seconds that the bare driver takes to read and remove them."""
+
+    @abstractmethod
+    def snapshot(self) -> Any:
+        """A context in which another session holds a snapshot of the table."""
+
+    @contextmanager
+    def store(self) -> Iterator[Callable[[Callable[[Store], Awaitable[float]]], float]]:
+        """What runs work with a store whose connections are made."""
+
+        async def run(work: Callable[[Store], Awaitable[float]]) -> float:
+            store = open_store(self.url, outbox.tables)
+            try:
+                await store.settle([-1])
+                return await work(store)
+            finally:
+                await store.close()
+
+        yield lambda work: asyncio.run(run(work))
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+class OnPostgresql(Bench):
+    name, reference = "postgresql", "bare_psycopg_async"
+
+    def fill(self, rows: int) -> None:
+        relay.fill(self.engine, "orders", 1000, rows)
+
+    def bare(self, rows: int) -> float:
+        return asyncio.run(self._bare(rows))
+
+    async def _bare(self, rows: int) -> float:
+        table = "outbox_message"
+        read = postgresql_store.READ.format(message=table).format(and_="")
+        settle = postgresql_store.SETTLE.format(message=table)
+        async with await psycopg.AsyncConnection.connect(
+            self.url.replace("+psycopg", ""), autocommit=True, prepare_threshold=None
+        ) as connection:
+            cursor = connection.cursor(binary=True)
+            start, last, left = time.perf_counter(), 0, rows
+            while left:
+                await cursor.execute(read, {"start": last, "limit": BATCH})  # type: ignore[arg-type]
+                found = await cursor.fetchall()
+                last = found[-1][0]
+                await cursor.execute(settle, ([row[0] for row in found],))  # type: ignore[arg-type]
+                left -= cursor.rowcount
+            return time.perf_counter() - start
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        with self.engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+            connection.exec_driver_sql("select count(*) from outbox_message")
+            yield
+
+
+FILL_SQLITE = """
+insert into outbox_message (id, bucket, topic, key, type, payload, content_type, headers)
+with recursive numbers (n) as (select 1 union all select n + 1 from numbers where n < {rows})
+select printf('018f3c1e7c1a7000%016x', n), (n % 1000) % 64, 'orders', 'k' || (n % 1000), 'order.placed',
+       cast(printf('%.200c', 'x') as blob), 'application/json',
+       '{{"traceparent":"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}}'
+from numbers
+"""
+
+
+class OnSqlite(Bench):
+    name, reference = "sqlite", "bare_sqlite3"
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "outbox.db"
+        super().__init__(f"sqlite:///{self.file}")
+
+    def fill(self, rows: int) -> None:
+        connection = sqlite3.connect(self.file, isolation_level=None)
+        connection.execute("delete from outbox_message")
+        connection.execute(FILL_SQLITE.format(rows=rows))
+        connection.execute("pragma wal_checkpoint(truncate)")
+        connection.close()
+
+    def statements(self) -> tuple[str, str]:
+        table = "outbox_message"
+        return sqlite_store.READ.format(message=table, and_=""), sqlite_store.SETTLE.format(message=table)
+
+    def bare(self, rows: int) -> float:
+        read, settle = self.statements()
+        connection = sqlite3.connect(self.file, isolation_level=None)
+        try:
+            return _drain(connection, read, settle, rows)
+        finally:
+            connection.close()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        connection = sqlite3.connect(self.file, isolation_level=None)
+        connection.execute("begin")
+        connection.execute("select count(*) from outbox_message").fetchall()
+        try:
+            yield
+        finally:
+            connection.close()
+
+
+def _drain(connection: sqlite3.Connection, read: str, settle: str, rows: int) -> float:
+    start, last, left = time.perf_counter(), 0, rows
+    while left:
+        found = connection.execute(read, (last, BATCH)).fetchall()
+        last = found[-1][0]
+        left -= connection.execute(settle, (json.dumps([row[0] for row in found]),)).rowcount
+    return time.perf_counter() - start
+
+
+class OnSqliteFromAThread(OnSqlite):
+    """The same file, the driver called as an event loop must: in another thread, a call for each statement."""
+
+    name, reference = "sqlite", "bare_sqlite3_from_a_thread"
+
+    def bare(self, rows: int) -> float:
+        return asyncio.run(self._bare(rows))
+
+    async def _bare(self, rows: int) -> float:
+        read, settle = self.statements()
+        connection = sqlite3.connect(self.file, isolation_level=None, check_same_thread=False)
+        try:
+            start, last, left = time.perf_counter(), 0, rows
+            while left:
+                found = await asyncio.to_thread(lambda last=last: connection.execute(read, (last, BATCH)).fetchall())
+                last, these = found[-1][0], (json.dumps([row[0] for row in found]),)
+                left -= await asyncio.to_thread(lambda these=these: connection.execute(settle, these).rowcount)
+            return time.perf_counter() - start
+        finally:
+            connection.close()
+
+
+class OnAiosqlite(OnSqlite):
+    name, reference = "aiosqlite", "bare_aiosqlite"
+
+    def bare(self, rows: int) -> float:
+        return asyncio.run(self._bare(rows))
+
+    async def _bare(self, rows: int) -> float:
+        read, settle = self.statements()
+        async with aiosqlite.connect(self.file, isolation_level=None) as connection:
+            start, last, left = time.perf_counter(), 0, rows
+            while left:
+                found = list(await connection.execute_fetchall(read, (last, BATCH)))
+                last = found[-1][0]
+                async with connection.execute(settle, (json.dumps([row[0] for row in found]),)) as cursor:
+                    left -= cursor.rowcount
+            return time.perf_counter() - start
+
+    @contextmanager
+    def store(self) -> Iterator[Callable[[Callable[[Store], Awaitable[float]]], float]]:
+        async def run(work: Callable[[Store], Awaitable[float]]) -> float:
+            engine = create_async_engine(self.url.replace("sqlite:", "sqlite+aiosqlite:"))
+            store = open_store(engine, outbox.tables)
+            try:
+                await store.settle([-1])
+                return await work(store)
+            finally:
+                await store.close()
+                await engine.dispose()
+
+        yield lambda work: asyncio.run(run(work))
+
+
+async def in_turn(store: Store, rows: int) -> float:
+    start, left = time.perf_counter(), rows
+    while left:
+        found = await store.read(None, (), (), BATCH)
+        left -= await store.settle([row.position for row in found])
+    return time.perf_counter() - start
+
+
+async def pipelined(store: Store, rows: int) -> float:
+    """As `outbox.relay.flow`: reads and settles side by side, all that was read meanwhile in one settle."""
+    in_flight: dict[int, int] = {}
+    read: list[Any] = []
+    to_settle, settled = asyncio.Event(), asyncio.Event()
+
+    async def settle() -> None:
+        while True:
+            await to_settle.wait()
+            to_settle.clear()
+            these = read[:]
+            read.clear()
+            await store.settle([row.position for row in these])
+            for row in these:
+                del in_flight[row.position]
+            settled.set()
+
+    settling = asyncio.create_task(settle())
+    start, left = time.perf_counter(), rows
+    while left or in_flight:
+        settled.clear()
+        room = min(BATCH, WINDOW - len(in_flight))
+        found = await store.read(None, in_flight, (), room) if room and left else []
+        if not found:
+            await settled.wait()
+            continue
+        left -= len(found)
+        in_flight.update((row.position, row.bucket) for row in found)
+        read += found
+        to_settle.set()
+    took = time.perf_counter() - start
+    settling.cancel()
+    await asyncio.gather(settling, return_exceptions=True)
+    return took
+
+
+def read_delete(report: Report, bench: Bench, repeat: int, rows: int, figure: str) -> None:
+    rates: dict[str, list[float]] = {"bare": [], "in_turn": [], "pipelined": []}
+    with bench.store() as run:
+        for _ in range(repeat):
+            for name, work in (
+                ("bare", lambda: bench.bare(rows)),
+                ("in_turn", lambda: run(lambda store: in_turn(store, rows))),
+                ("pipelined", lambda: run(lambda store: pipelined(store, rows))),
+            ):
+                bench.fill(rows)
+                rates[name].append(rows / work())
+    report.figure(f"{figure}.bare", rates["bare"], "rows/s")
+    for name, suffix in (("in_turn", ""), ("pipelined", ".pipelined")):
+        ratios = [ours / bare for ours, bare in zip(rates[name], rates["bare"], strict=True)]
+        report.figure(f"{figure}{suffix}", rates[name], "rows/s", reference=bench.reference, ratios=ratios)
+
+
+def backlogs(report: Report, bench: Bench, repeat: int, scale: float) -> None:
+    """The rate over all of a long backlog, beside that over a short one and beside one under a held snapshot."""
+    long, short = round(LONG * scale), round(SHORT * scale)
+    rates: dict[str, list[float]] = {"short": [], "long": [], "held": []}
+    with bench.store() as run:
+        for _ in range(repeat):
+            several = 5  # a short one is over in a moment
+            took = 0.0
+            for _ in range(several):
+                bench.fill(short)
+                took += run(lambda store: in_turn(store, short))
+            rates["short"].append(short * several / took)
+            bench.fill(long)
+            rates["long"].append(long / run(lambda store: in_turn(store, long)))
+            bench.fill(long)
+            with bench.snapshot():
+                rates["held"].append(long / run(lambda store: in_turn(store, long)))
+    figure = f"stores.{bench.name}.read_delete"
+    report.figure(f"{figure}.backlog10000", rates["short"], "rows/s")
+    for name, suffix, reference in (
+        ("long", "backlog1000000", "short"),
+        ("held", "backlog1000000.snapshot_held", "long"),
+    ):
+        ratios = [a / b for a, b in zip(rates[name], rates[reference], strict=True)]
+        beside = {"short": "backlog10000", "long": "without_snapshot"}[reference]
+        report.figure(f"{figure}.{suffix}", rates[name], "rows/s", reference=beside, ratios=ratios)
+
+
+def run(report: Report, *, repeat: int, scale: float) -> None:
+    rows = round(ROWS * scale)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="outbox-bench-")))
+        server = stack.enter_context(postgresql())
+        benches: list[Bench] = [
+            OnPostgresql(server),
+            OnSqlite(folder),
+            OnSqliteFromAThread(folder),
+            OnAiosqlite(folder),
+        ]
+        for bench in benches:
+            stack.callback(bench.close)
+            suffix = ".from_a_thread" if isinstance(bench, OnSqliteFromAThread) else ""
+            read_delete(report, bench, repeat, rows, f"stores.{bench.name}.read_delete{suffix}")
+        for bench in benches[:2]:
+            backlogs(report, bench, max(1, repeat // 2), scale)
+        transactions.run(report, server, folder, repeat=repeat, scale=scale)
