@@ -234,8 +234,7 @@ async def test_the_hot_path_prepares_no_statements(on_postgresql: Database, thre
     store = PostgresqlStore(on_postgresql.tables, engine, ours=True)
     for _ in range(12):
         on_postgresql.add("k")
-        (row,) = await store.read(None, (), (), 10)
-        await store.settle([row.position])
+        await store.settle(await store.read(None, (), (), 10))
     for line in (store._reader, store._settler):
         assert line.connection is not None
         cursor = await line.connection.execute("select count(*) from pg_prepared_statements")
