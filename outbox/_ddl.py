@@ -40,8 +40,7 @@ def script(tables: Tables, database: str) -> str:
     def note(statement: Any, parameters: Any = None, *rest: Any, **kw: Any) -> None:
         found.append((statement, parameters))
 
-    # no marks for parameters in the text, nor what is doubled because of them
-    engine = sa.create_mock_engine(_URLS[database], note, paramstyle="named")
+    engine = sa.create_mock_engine(_URLS[database], note)
     tables.metadata.create_all(engine, tables=tables.all, checkfirst=False)
     texts = [f"-- The outbox tables, version {SCHEMA_VERSION}. To be run once."]
     for are_indexes, run in groupby(found, lambda each: isinstance(each[0], sa.schema.CreateIndex)):

@@ -149,7 +149,7 @@ _KNOWN: Final[tuple[tuple[str, str, Driver], ...]] = (
 
 # Through its own cursor: so its log of queries, its wrappers around them and its exceptions go on working.
 _DJANGO: Final = {
-    "postgresql": Driver("postgresql.psycopg", _django, paramstyle="format", text_uuids=True),
+    "postgresql": Driver("postgresql.psycopg", _django, paramstyle="format"),
     "sqlite": Driver("sqlite.pysqlite", _django, paramstyle="format"),
     "mysql": Driver("mysql.mysqldb", _django, paramstyle="format"),
 }

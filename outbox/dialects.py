@@ -64,7 +64,7 @@ def _clock_postgresql(element: clock, compiler: Any, **kw: Any) -> str:
 def _clock_sqlite(element: clock, compiler: Any, **kw: Any) -> str:
     # milliseconds, padded to the six digits that SQLAlchemy stores, so that text compares as time does
     form = "%Y-%m-%d %H:%M:%f000"
-    if compiler.dialect.paramstyle in ("format", "pyformat"):  # of wrappers, such as Django's
+    if compiler.dialect.paramstyle == "format":  # Django's, which formats the statement for its log
         form = form.replace("%", "%%")
     return f"strftime('{form}', 'now', {compiler.process(element.clauses, **kw)} || ' seconds')"
 

@@ -7,7 +7,6 @@ import datetime as dt
 import uuid
 from typing import Any
 
-import aiosqlite
 import asyncpg
 import psycopg
 import pytest
@@ -70,16 +69,19 @@ async def test_a_savepoint_that_is_rolled_back_takes_exactly_its_own(
     assert async_shop.holds("a", "c")
 
 
+async def set_autocommit(driver: str, connection: Any) -> None:
+    if driver == "psycopg":
+        await connection.set_autocommit(True)
+    elif driver == "asyncmy":
+        await connection.autocommit(True)
+    elif driver == "aiosqlite":  # from the thread that has the connection
+        await connection._execute(setattr, connection._conn, "isolation_level", None)
+
+
 async def test_autocommit_is_refused_but_within_a_transaction(
     async_driver: str, async_shop: RawShop, async_connection: Any
 ) -> None:
-    if async_driver == "psycopg":
-        await async_connection.set_autocommit(True)
-    elif async_driver == "aiosqlite":
-        await async_connection.close()
-        async_connection = await aiosqlite.connect(str(async_shop.url.database), isolation_level=None)
-    elif async_driver == "asyncmy":
-        await async_connection.autocommit(True)
+    await set_autocommit(async_driver, async_connection)
     with refused:
         await outbox.aadd(async_connection, "orders", b"a")
     with refused:
@@ -93,8 +95,6 @@ async def test_autocommit_is_refused_but_within_a_transaction(
     await execute(async_connection, "COMMIT")
     with refused:
         await outbox.aadd(async_connection, "orders", b"c")
-    if async_driver == "aiosqlite":
-        await async_connection.close()
     assert async_shop.holds("b")
 
 
