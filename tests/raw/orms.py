@@ -71,7 +71,7 @@ class DjangoOrder(models.Model):
 class Django(Orm):
     """The shop in SQLite is its default database, that of a server another one."""
 
-    databases: ClassVar[dict[str, dict[str, Any]]] = {}
+    databases: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}  # which has to be there
 
     def __init__(self, shop: RawShop) -> None:
         super().__init__(shop)
