@@ -71,7 +71,7 @@ test: $(VENV)/.dev ## Run all tests, on SQLAlchemy 2.1 and the core's on 2.0; st
 
 .PHONY: test-sa20
 test-sa20: $(VENV_SA20)/.dev ## Run the tests of the core on SQLAlchemy 2.0
-	$(VENV_SA20)/bin/pytest $(PARALLEL) $(wildcard tests/unit tests/staging) $(ARGS)
+	$(VENV_SA20)/bin/pytest $(PARALLEL) $(wildcard tests/unit tests/staging tests/raw/test_*connections.py) $(ARGS)
 
 # What holds on the databases of `make test` holds on the oldest and the newest.
 MATRIX := $(wildcard tests/stores tests/staging tests/migrations tests/relay tests/consumer)

@@ -79,7 +79,8 @@ def capture(outbox: Outbox) -> Iterator[Captured]:
     """``with capture(outbox) as sent:`` collects what is added to this outbox meanwhile, in any thread, session or event
     loop of this process, by sync and async code. It works inside a fixture that rolls everything back (a connection with
     an outer transaction, and ``Session(bind=connection, join_transaction_mode="create_savepoint")``): what counts there is
-    the session's commit.
+    the session's commit. What went through a driver's own connection stays captured if that is rolled back: it does not
+    tell.
     """
     captured = Captured(outbox)
     watch = _Watch(outbox, captured._entries)
