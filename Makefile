@@ -74,7 +74,7 @@ test-sa20: $(VENV_SA20)/.dev ## Run the tests of the core on SQLAlchemy 2.0
 	$(VENV_SA20)/bin/pytest $(PARALLEL) $(wildcard tests/unit tests/staging tests/raw/test_*connections.py) $(ARGS)
 
 # What holds on the databases of `make test` holds on the oldest and the newest.
-MATRIX := $(wildcard tests/stores tests/staging tests/migrations tests/relay tests/consumer)
+MATRIX := $(wildcard tests/stores tests/staging tests/migrations tests/relay tests/consumer tests/outages)
 
 .PHONY: test-matrix
 test-matrix: $(VENV)/.dev ## Run what touches databases on PostgreSQL 14, on PostgreSQL 18 and on MySQL 9

@@ -163,7 +163,8 @@ def _impatient(connection: sa.Connection, operation: Operation) -> Iterator[None
         try:
             yield
         finally:
-            connection.execute(sa.text(f"SET SESSION lock_wait_timeout = {int(before or 60)}"))
+            if not connection.invalidated:  # else what ended it is to be told
+                connection.execute(sa.text(f"SET SESSION lock_wait_timeout = {int(before or 60)}"))
     else:
         yield
 

@@ -1,0 +1,1 @@
+"""The database goes away, in the middle of any step: what was promised still holds, counted."""
