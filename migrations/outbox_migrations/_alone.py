@@ -98,6 +98,9 @@ def _locked_mysql(connection: sa.Connection, tables: Tables, patience: float) ->
         raise _another(tables, patience)
     try:
         yield
+        # MySQL has committed whatever came before its DDL, so nothing is taken from the caller; whoever waits for the lock
+        # is to see the rest of it, too
+        connection.exec_driver_sql("COMMIT")
     finally:
         if not connection.invalidated:
             connection.scalar(sa.select(sa.func.release_lock(name)))

@@ -1,10 +1,11 @@
 """Alembic's plugin (1.18 or newer), by the entry point group ``alembic.plugins``: what autogenerate says of our tables.
 
 - Where they are missing it renders the one line ``outbox_migrations.upgrade(op, to=…)``, which also seeds them, in
-  place of two hundred lines that name types of ours without importing them.
+  place of two hundred lines that name types of ours without importing them. Where they are of an older version, too: for
+  what no comparison of columns sees, such as storage settings.
 - Where they are in the database and not in the metadata (``env.py`` does not import the module with the `Outbox`) it
   leaves them alone, where Alembic would drop them.
-- On SQLite, which has no identity columns, it sees no difference in those that only PostgreSQL makes.
+- On databases that have no identity columns it sees no difference in those that only PostgreSQL makes.
 
 The entry point's name begins with ``alembic.autogenerate.``, so that it is on without a line in ``env.py``; out with
 ``autogenerate_plugins=["alembic.autogenerate.*", "~alembic.autogenerate.outbox"]``.
@@ -23,9 +24,10 @@ def setup(plugin: Plugin) -> None:
     from alembic.util import DispatchPriority
 
     plugin.add_autogenerate_comparator(_tables, "autogenerate", "outbox", priority=DispatchPriority.LAST)
-    plugin.add_autogenerate_comparator(
-        _identity, "column", "server_default", qualifier="sqlite", priority=DispatchPriority.FIRST
-    )
+    for database in ("sqlite", "mysql", "mariadb"):
+        plugin.add_autogenerate_comparator(
+            _identity, "column", "server_default", qualifier=database, priority=DispatchPriority.FIRST
+        )
 
 
 def _tables(autogen_context: Any, upgrade_ops: Any) -> Any:

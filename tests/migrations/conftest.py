@@ -34,7 +34,20 @@ def postgres(postgresql_url: str) -> Iterator[sa.Engine]:
         yield engine
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture
+def maria(mariadb_url: str) -> Iterator[sa.Engine]:
+    with disposing(sa.create_engine(sa.make_url(mariadb_url).set(drivername="mariadb+pymysql"))) as engine:
+        yield engine
+
+
+@pytest.fixture(params=["sqlite", "postgres", "maria"])
 def engine(request: pytest.FixtureRequest) -> sa.Engine:
+    found: sa.Engine = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def drainable(request: pytest.FixtureRequest) -> sa.Engine:
+    """A database that a relay of this version reads."""
     found: sa.Engine = request.getfixturevalue(request.param)
     return found

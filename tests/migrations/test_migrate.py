@@ -85,8 +85,10 @@ def test_tables_that_are_not_all_there_are_a_schema_mismatch(engine: sa.Engine) 
         migrate(connection)
 
 
-def test_a_failed_attempt_leaves_nothing(engine: sa.Engine) -> None:
-    """On SQLite too, where the driver would have committed each CREATE TABLE by itself."""
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+def test_a_failed_attempt_leaves_nothing(request: pytest.FixtureRequest, database: str) -> None:
+    """On SQLite too, where the driver would have committed each CREATE TABLE by itself. MySQL: test_cut.py."""
+    engine: sa.Engine = request.getfixturevalue(database)
     with engine.begin() as connection:
         connection.execute(sa.text("create table somebody (id integer)"))
         connection.execute(sa.text("create index outbox_sent_sent_at_idx on somebody (id)"))

@@ -1,0 +1,210 @@
+"""From version 1 to the latest with rows in flight, on each database: nothing is lost, the old application goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+import outbox_migrations
+from outbox import Consumer, Outbox, Relay, SchemaMismatch
+from outbox.observe.schema import check_schema
+from outbox.storage import STORAGE
+from outbox_migrations import LATEST, migrate
+from tests.migrations.older import Older
+from tests.migrations.project import Project, differences
+from tests.migrations.test_revisions import run_script
+
+
+def drain(engine: sa.Engine, outbox: Outbox) -> int:
+    return Relay(outbox, database=engine, transport=f"memory://{uuid.uuid4().hex}").drain().sent
+
+
+def test_rows_in_flight_outlive_the_upgrade(engine: sa.Engine) -> None:
+    older = Older(engine)
+    before = older.fill()
+    assert (before["message"], before["parked"], before["dead_letter"]) == (20, 1, 2)
+    assert migrate(engine) == [step.name for step in outbox_migrations.STEPS[1:]]
+    assert older.counts() == before
+    assert older.version() == str(LATEST)
+    with engine.connect() as connection:
+        check_schema(connection, Outbox().tables)
+        assert differences(connection, Outbox().metadata) == []
+
+
+def test_a_relay_of_the_new_version_sends_what_the_old_one_left(drainable: sa.Engine) -> None:
+    older = Older(drainable)
+    older.fill()
+    migrate(drainable)
+    older.add("after")  # an application that has not been rolled out yet
+    assert drain(drainable, Outbox()) == 20 + 1 + 1 + 1  # messages, the one that is due, the parked one, the last
+    counts = older.counts()
+    assert (counts["message"], counts["scheduled"], counts["parked"]) == (0, 1, 0)
+    assert (counts["inbox"], counts["dead_letter"], counts["attempt"]) == (5, 2, 1)
+
+
+def test_a_relay_and_a_consumer_that_meet_older_tables_say_so_and_touch_nothing(drainable: sa.Engine) -> None:
+    older = Older(drainable)
+    before = older.fill()
+    outbox = Outbox()
+    said = rf"have version 1; this pyoutbox needs {LATEST}\. Run `outbox migrate`, or outbox_migrations\.upgrade\(op, to="
+    with pytest.raises(SchemaMismatch, match=said):
+        drain(drainable, outbox)
+    billing = Consumer("billing", outbox, database=drainable, transport="memory://older")
+    billing.on("orders")(lambda payload: None)
+    with pytest.raises(SchemaMismatch, match=said):
+        asyncio.run(entered(billing))
+    assert older.counts() == before
+
+
+def test_a_relay_and_a_consumer_that_meet_newer_tables_say_so_and_touch_nothing(drainable: sa.Engine) -> None:
+    older = Older(drainable)
+    before = older.fill()
+    outbox = Outbox()
+    migrate(drainable)
+    with drainable.begin() as connection:
+        connection.execute(sa.text("update outbox_checkpoint set value = '99' where name = 'schema_version'"))
+    with pytest.raises(SchemaMismatch, match="have version 99, made by a newer pyoutbox"):
+        drain(drainable, outbox)
+    billing = Consumer("billing", outbox, database=drainable, transport="memory://newer")
+    billing.on("orders")(lambda payload: None)
+    with pytest.raises(SchemaMismatch, match="have version 99, made by a newer pyoutbox"):
+        asyncio.run(entered(billing))
+    assert older.counts() == before
+
+
+async def entered(consumer: Consumer) -> None:
+    async with consumer:
+        pass
+
+
+def test_one_version_back_and_forth_loses_nothing(engine: sa.Engine) -> None:
+    older = Older(engine)
+    before = older.fill()
+    migrate(engine)
+    migrate(engine, to=1, downgrade=True)
+    assert (older.version(), older.counts()) == ("1", before)
+    names = {index["name"] for index in sa.inspect(engine).get_indexes("outbox_dead_letter")}
+    assert "outbox_dead_letter_closed_at_idx" not in names
+    migrate(engine)
+    assert (older.version(), older.counts()) == (str(LATEST), before)
+
+
+def test_a_migration_that_was_cut_off_is_finished_by_the_next(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut before each statement in turn. On MySQL, which commits each by itself, half of the tables are there; on the
+    others nothing of that transaction."""
+
+    class Cut(Exception):
+        pass
+
+    def cut_at(number: int) -> None:
+        seen = 0
+
+        def count(*_: object) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == number:
+                raise Cut
+
+        sa.event.listen(engine, "before_cursor_execute", count)
+        try:
+            migrate(engine)
+        finally:
+            sa.event.remove(engine, "before_cursor_execute", count)
+
+    cuts = 0
+    for number in range(1, 400, 7 if engine.dialect.name == "mariadb" else 23):
+        try:
+            cut_at(number)
+        except Cut:
+            cuts += 1
+            continue
+        break
+    assert cuts > 5
+    with engine.connect() as connection:
+        check_schema(connection, Outbox().tables)
+        assert differences(connection, Outbox().metadata) == []
+        assert connection.scalar(sa.text("select count(*) from outbox_lease")) == 64
+        assert connection.scalar(sa.text("select count(*) from outbox_checkpoint")) == 3
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one script", "a script a revision"])
+def test_scripts_of_two_revisions_do_each_step_once(tmp_path: Path, engine: sa.Engine, together: bool) -> None:
+    project = Project(tmp_path, engine)
+    project.revision("outbox_migrations.upgrade(op, to=1)", "outbox_migrations.downgrade(op, to=0)")
+    project.revision(
+        "outbox_migrations.upgrade(op, to=2, start=1)", "outbox_migrations.downgrade(op, to=1, start=2)"
+    )
+    if together:
+        run_script(engine, project.sql())
+    else:
+        run_script(engine, project.sql("0001"))
+        Older(engine).fill()
+        run_script(engine, project.sql("0001:0002"))
+    with engine.connect() as connection:
+        check_schema(connection, Outbox().tables)
+    run_script(engine, project.sql("0002:0001", down=True))
+    assert Older(engine).version() == "1"
+    run_script(engine, project.sql("0001:base", down=True))
+    assert "outbox_message" not in sa.inspect(engine).get_table_names()
+
+
+def test_revisions_of_both_versions_run_online(tmp_path: Path, engine: sa.Engine) -> None:
+    project = Project(tmp_path, engine)
+    project.revision("outbox_migrations.upgrade(op, to=1)", "outbox_migrations.downgrade(op, to=0)")
+    project.upgrade()
+    older = Older(engine)
+    before = older.fill()
+    project.revision("outbox_migrations.upgrade(op, to=2)", "outbox_migrations.downgrade(op, to=1)")
+    project.upgrade()
+    assert (older.version(), older.counts()) == (str(LATEST), before)
+    project.downgrade("0001")
+    assert (older.version(), older.counts()) == ("1", before)
+    project.downgrade()
+    assert sa.inspect(engine).get_table_names() == ["alembic_version"]
+
+
+@pytest.mark.parametrize("way", ["create_all", "migrate", "upgraded"])
+def test_postgresql_keeps_the_hot_tables_as_the_library_says_whichever_way_they_were_made(
+    postgres: sa.Engine, way: str
+) -> None:
+    if way == "create_all":
+        Outbox().metadata.create_all(postgres)
+    elif way == "upgraded":
+        Older(postgres)
+    migrate(postgres)
+    with postgres.connect() as connection:
+        assert settings(connection) == {
+            f"outbox_{name}": {setting: f"{value}" for setting, value in values.items()}
+            for name, values in STORAGE.items()
+        }
+
+
+def test_settings_that_a_dba_has_changed_are_left_alone(postgres: sa.Engine) -> None:
+    migrate(postgres)
+    with postgres.begin() as connection:
+        connection.execute(sa.text("alter table outbox_message set (autovacuum_vacuum_threshold = 77)"))
+    assert migrate(postgres) == []
+    with postgres.connect() as connection:
+        check_schema(connection, Outbox().tables)
+        assert settings(connection)["outbox_message"]["autovacuum_vacuum_threshold"] == "77"
+
+
+def settings(connection: sa.Connection) -> dict[str, dict[str, str]]:
+    """Storage settings by table; those of its TOAST table with their prefix."""
+    rows = connection.execute(
+        sa.text(
+            "select c.relname, c.reloptions, t.reloptions as toast from pg_class c left join pg_class t"
+            " on t.oid = c.reltoastrelid where c.relkind = 'r' and (c.reloptions is not null)"
+        )
+    )
+    return {
+        row.relname: dict(option.split("=", 1) for option in row.reloptions)
+        | {f"toast.{name}": value for name, value in (option.split("=", 1) for option in row.toast or ())}
+        for row in rows
+    }
