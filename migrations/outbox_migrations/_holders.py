@@ -27,6 +27,11 @@ _SNAPSHOTS: Final = sa.text(
     " FROM pg_stat_activity a WHERE a.datname = current_database() AND a.pid <> pg_backend_pid()"
     " AND a.xact_start IS NOT NULL ORDER BY a.xact_start LIMIT 4"
 )
+# Of a prepared transaction pg_blocking_pids says 0.
+_BLOCKING: Final = sa.text(
+    "SELECT b.pid AS blocking, a.pid, a.usename, a.application_name, a.state, a.xact_start"
+    " FROM unnest(pg_blocking_pids(:pid)) AS b (pid) LEFT JOIN pg_stat_activity a ON a.pid = b.pid LIMIT 4"
+)
 _MYSQL: Final = sa.text(
     "SELECT p.ID AS pid, p.USER AS usename, p.COMMAND AS state, timestampdiff(SECOND, t.trx_started, now()) AS age"
     " FROM information_schema.INNODB_TRX t JOIN information_schema.PROCESSLIST p ON p.ID = t.trx_mysql_thread_id"
@@ -44,6 +49,15 @@ def of(connection: sa.Connection, operation: Operation) -> str:
         return _said("open transactions:", connection.execute(_MYSQL).all())
     except sa.exc.DBAPIError:
         return "who holds it, only a role with the privilege PROCESS can see"
+
+
+def of_process(connection: sa.Connection, pid: int) -> str | None:
+    """For whom a process waits, without how long they have been there, so that it is said once; None: for nobody."""
+    rows = connection.execute(_BLOCKING, {"pid": pid}).all()
+    if not rows:
+        return None
+    prepared = connection.execute(_PREPARED).all() if any(row.blocking == 0 for row in rows) else ()
+    return _said("these hold it up:", [row for row in rows if row.pid], prepared)
 
 
 def of_old_snapshots(connection: sa.Connection) -> str:
@@ -66,7 +80,10 @@ def _one(row: sa.Row[Any]) -> str:
     application = getattr(row, "application_name", None)
     if application:
         about.append(f"application {application!r}")
-    if row.age is not None:
+    since = getattr(row, "xact_start", None)
+    if since is not None:
+        about.append(f"{row.state or 'open'} since {since:%Y-%m-%d %H:%M:%S}")
+    elif getattr(row, "age", None) is not None:
         about.append(f"{row.state or 'open'} for {_age(row.age)}")
     return f"process {row.pid}" + (f" ({', '.join(about)})" if about else "")
 

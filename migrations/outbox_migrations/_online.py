@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from threading import Event, Thread
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -26,7 +27,10 @@ logger = logging.getLogger("outbox.migrations")
 PATIENCE: Final = 60.0
 """Seconds for which a statement is tried again, unless the caller says otherwise."""
 
-SMALL: Final = 8 * 1024 * 1024
+WATCH: Final = 1.0
+"""Seconds between two looks at whom an index that is built beside writers waits for."""
+
+SMALL = 8 * 1024 * 1024
 """Bytes of a table up to which an index is built while its writers wait: a moment."""
 
 _REST: Final = (0.2, 3.0)  # seconds between two tries: the first and the longest
@@ -100,40 +104,62 @@ class Online:
                 "while the index is built. Run `outbox migrate` beforehand, after which this does nothing, or let "
                 "Alembic begin the transaction itself (env.py gives it a connection without one)"
             )
-        until = time.monotonic() + self._patience
-        while not self._beside(operation, until):
-            time.sleep(_REST[0])
+        self._beside(operation, self._outside)
 
-    def _beside(self, operation: Operation, until: float) -> bool:
-        assert self._outside is not None
-        with self._outside() as connection:
-            # It waits for transactions that are open, and nobody waits for it: it may take all the time there is. What
-            # another attempt left behind is no index, and is dropped first.
-            left = max(LOCK_TIMEOUT, until - time.monotonic())
+    def _beside(self, operation: Operation, outside: Outside) -> None:
+        """It waits for transactions that are open, and nobody waits for it: so it may take its time, and begins only once.
+        What another attempt has left behind is no index, and is dropped first."""
+        assert operation.beside is not None
+        with outside() as connection:
             # Behind PgBouncer the setting would stay with somebody else: there it waits for as long as it takes.
             before = None if pooler.is_between(connection) else connection.scalar(sa.text("SHOW lock_timeout"))
             if before is not None:
-                connection.execute(sa.text(f"SET lock_timeout = {left * 1000:.0f}"))
+                connection.execute(sa.text(f"SET lock_timeout = {max(self._patience, LOCK_TIMEOUT) * 1000:.0f}"))
             try:
-                _drop_rest(connection, operation, concurrently=True)
-                assert operation.beside is not None
-                connection.execute(operation.beside)
+                with _watched(connection, operation) as seen:
+                    _drop_rest(connection, operation, concurrently=True)
+                    connection.execute(operation.beside)
             except sa.exc.DBAPIError as error:
                 if not is_locked(error, "postgresql"):
                     raise
-                who = holders.of_old_snapshots(connection)
-                _drop_rest(connection, operation, concurrently=True)
-                if time.monotonic() >= until:
-                    raise StoreUnavailable(
-                        f"{operation.what}: it waited {self._patience:.0f} s for transactions that are open; {who}. "
-                        "Nothing is half-done: end them and run this again"
-                    ) from error
-                logger.warning("%s waits for transactions that are open; %s", operation.what, who)
-                return False
+                who = seen[-1] if seen else holders.of_old_snapshots(connection)
+                raise StoreUnavailable(
+                    f"{operation.what}: it waited {self._patience:.0f} s for transactions that are open; {who}. "
+                    "Nothing is half-done but an index that nobody uses: end them and run this again, which drops it first"
+                ) from error
             finally:
                 if before is not None and not connection.closed and not connection.invalidated:
                     connection.execute(sa.select(sa.func.set_config("lock_timeout", before, False)))
-        return True
+
+
+@contextmanager
+def _watched(connection: sa.Connection, operation: Operation) -> Iterator[list[str]]:
+    """Say, from another connection, for whom a statement waits that may wait for long; yields what was said."""
+    said: list[str] = []
+    if connection.dialect.is_async:  # such a connection belongs to its event loop
+        yield said
+        return
+    pid, over = connection.scalar(sa.text("SELECT pg_backend_pid()")), Event()
+
+    def watch() -> None:
+        try:
+            with connection.engine.connect() as other:
+                while not over.wait(WATCH):
+                    who = holders.of_process(other, pid)
+                    other.rollback()  # no snapshot between two looks: the index would wait for it
+                    if who is not None and who not in said:
+                        said.append(who)
+                        logger.warning("%s waits for transactions that are open; %s", operation.what, who)
+        except sa.exc.SQLAlchemyError as error:
+            logger.warning("%s may wait; for whom cannot be seen (%s)", operation.what, type(error).__name__)
+
+    thread = Thread(target=watch, name="outbox-migrations-watch")
+    thread.start()
+    try:
+        yield said
+    finally:
+        over.set()
+        thread.join()
 
 
 def is_locked(error: sa.exc.DBAPIError, dialect: str) -> bool:

@@ -50,12 +50,20 @@ class Older:
         row = self.message("later")
         rows: dict[str, list[dict[str, Any]]] = {
             "scheduled": [{**row, "deliver_at": dt.datetime(2099, 1, 1, tzinfo=dt.UTC)}, self.due()],
-            "parked": [{**self.message("stuck"), "position": 10_000, "role": "head", "attempts": 1, "next_attempt_at": NOW}],
+            "parked": [
+                {**self.message("stuck"), "position": 10_000, "role": "head", "attempts": 1, "next_attempt_at": NOW}
+            ],
             "dead_letter": [self.letter("open", None), self.letter("discarded", NOW)],
             "audit": [{"action": "discard", "who": "me", "target": "x", "count": 1}],
             "inbox": [{"consumer": "billing", "message_id": uuid.uuid4(), "outcome": "done"} for _ in range(5)],
             "attempt": [
-                {"consumer": "billing", "message_id": uuid.uuid4(), "topic": "orders", "state": "waiting", "attempts": 2}
+                {
+                    "consumer": "billing",
+                    "message_id": uuid.uuid4(),
+                    "topic": "orders",
+                    "state": "waiting",
+                    "attempts": 2,
+                }
             ],
             "relay": [{"owner": "old-relay", "host": "h", "version": "0", "heartbeat_at": NOW}],
         }

@@ -50,7 +50,9 @@ def test_a_relay_and_a_consumer_that_meet_older_tables_say_so_and_touch_nothing(
     older = Older(drainable)
     before = older.fill()
     outbox = Outbox()
-    said = rf"have version 1; this pyoutbox needs {LATEST}\. Run `outbox migrate`, or outbox_migrations\.upgrade\(op, to="
+    said = (
+        rf"have version 1; this pyoutbox needs {LATEST}\. Run `outbox migrate`, or outbox_migrations\.upgrade\(op, to="
+    )
     with pytest.raises(SchemaMismatch, match=said):
         drain(drainable, outbox)
     billing = Consumer("billing", outbox, database=drainable, transport="memory://older")
@@ -137,9 +139,7 @@ def test_a_migration_that_was_cut_off_is_finished_by_the_next(
 def test_scripts_of_two_revisions_do_each_step_once(tmp_path: Path, engine: sa.Engine, together: bool) -> None:
     project = Project(tmp_path, engine)
     project.revision("outbox_migrations.upgrade(op, to=1)", "outbox_migrations.downgrade(op, to=0)")
-    project.revision(
-        "outbox_migrations.upgrade(op, to=2, start=1)", "outbox_migrations.downgrade(op, to=1, start=2)"
-    )
+    project.revision("outbox_migrations.upgrade(op, to=2, start=1)", "outbox_migrations.downgrade(op, to=1, start=2)")
     if together:
         run_script(engine, project.sql())
     else:
