@@ -19,6 +19,7 @@ from outbox.tables import tables_for
 from outbox_migrations import _script
 from outbox_migrations._alone import alone, begin_alone, require_schema
 from outbox_migrations._filter import include_object, include_object_for
+from outbox_migrations._grants import grants
 from outbox_migrations._online import PATIENCE, Online
 from outbox_migrations._operations import Operation, note_version
 from outbox_migrations._step import Place, Step
@@ -309,6 +310,7 @@ __all__ = [
     "Operations",
     "Planned",
     "downgrade",
+    "grants",
     "include_object",
     "include_object_for",
     "migrate",

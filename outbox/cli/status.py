@@ -54,6 +54,8 @@ def show(s: Status) -> None:
     print(f"dead letters  {s.dead_letters:>9,} open")
     if s.oldest is not None:
         print(f"oldest unsent {duration(s.oldest):>12}")
+    if s.transactions is not None and not s.transactions.seen:
+        print("transactions of other roles cannot be seen: an old one may hold things up (grant pg_read_all_stats)")
     if s.relays:
         print()
         rows = [

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from outbox._message import BUCKETS
 from outbox.observe.consumers import sentences
+from outbox.observe.transactions import OLD
 from outbox.observe.words import at, duration, listed, some, word
 
 if TYPE_CHECKING:
@@ -15,8 +16,18 @@ if TYPE_CHECKING:
 
 def explain(s: Status) -> str:
     """Why messages wait, or that none do; then what consumers try again."""
-    said = "; ".join([_relays(s), *sentences(s.consumers)])
+    said = "; ".join([_relays(s), *sentences(s.consumers), *_transactions(s)])
     return said if said.endswith("?") else f"{said}."
+
+
+def _transactions(s: Status) -> list[str]:
+    found = s.transactions
+    if found is None or found.oldest is None or found.oldest < OLD:
+        return []
+    return [
+        f"a transaction has been open for {duration(found.oldest)} ({found.who}): what is deleted cannot be cleaned away "
+        "until it ends, and reading slows down"
+    ]
 
 
 def _relays(s: Status) -> str:

@@ -22,6 +22,11 @@ INVALID_INDEXES: Final = sa.text(
     " JOIN pg_namespace n ON n.oid = t.relnamespace"
     " WHERE NOT i.indisvalid AND t.relname = ANY(:tables) AND n.nspname = coalesce(:schema, current_schema())"
 )
+# SHOW CREATE TABLE leaves out a collation that is the table's default.
+MYSQL_COLLATIONS: Final = sa.text(
+    "SELECT TABLE_NAME, COLUMN_NAME, COLLATION_NAME FROM information_schema.COLUMNS"
+    " WHERE TABLE_SCHEMA = coalesce(:schema, database()) AND TABLE_NAME IN :tables AND COLLATION_NAME IS NOT NULL"
+).bindparams(sa.bindparam("tables", expanding=True))
 # Without AUTOINCREMENT a position is given out again after its row was deleted.
 SQLITE_TABLE: Final = "SELECT sql FROM {schema}sqlite_master WHERE type = 'table' AND name = ?"
 
@@ -50,6 +55,10 @@ class _Shapes:
         self._unique = _by_name(inspector.get_multi_unique_constraints(**asked))
         self._indexes = _by_name(inspector.get_multi_indexes(**asked))
         self._checks = _by_name(inspector.get_multi_check_constraints(**asked))
+        self._collations: dict[tuple[str, str], str] = {}
+        if self._dialect.name in _MYSQL:
+            rows = connection.execute(MYSQL_COLLATIONS, {"tables": names, "schema": tables.schema})
+            self._collations = {(table, column): collation for table, column, collation in rows}
         self._invalid: set[str] = set()
         if self._dialect.name == "postgresql":
             found = connection.scalars(INVALID_INDEXES, {"tables": names, "schema": tables.schema})
@@ -79,6 +88,9 @@ class _Shapes:
 
     def _column_differs(self, column: sa.Column[Any], found: Mapping[str, Any]) -> Iterator[Difference]:
         expected, actual = self._type(column.type), self._type(found["type"])
+        collation = self._collations.get((column.table.name, column.name))
+        if collation and "COLLATE" not in actual:
+            actual += f" COLLATE {collation}"
         if not _serves(expected, actual, self._dialect.name):
             yield self._changed(column, f"has the type {actual}, expected {expected}", f"TYPE {expected}")
         if not column.nullable and found["nullable"] and not (self._sqlite and column.primary_key):
@@ -214,7 +226,7 @@ def _serves(expected: str, found: str, dialect: str) -> bool:
     other, enough = _family(found, dialect)
     if kind != other:
         return False
-    if dialect in _MYSQL and kind == "text" and "COLLATE" in found and not re.search(r"COLLATE \"?\w*bin", found):
+    if dialect in _MYSQL and kind == "text" and "COLLATE" in found and not re.search(r"COLLATE \w*bin", found):
         return False  # compared without case, the keys 'a' and 'A' are one
     return dialect == "sqlite" or enough >= size
 

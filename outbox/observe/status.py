@@ -13,6 +13,7 @@ from outbox._message import BUCKETS
 from outbox.dialects import UtcDateTime, clock
 from outbox.observe.consumers import ConsumerStatus, consumers
 from outbox.observe.explain import explain
+from outbox.observe.transactions import Transactions, transactions
 from outbox.tables import Tables
 
 LEASE: Final = 10.0  # seconds; a relay's lease time, where no lease tells it
@@ -60,6 +61,7 @@ class Status:
     lease_ends: dt.datetime | None
     consumers: list[ConsumerStatus]
     verdict: str = ""
+    transactions: Transactions | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -108,6 +110,7 @@ def status(connection: sa.Connection, tables: Tables) -> Status:
         lease_until=None if ends is None else -ago(ends),
         lease_ends=ends,
         consumers=consumers(connection, tables, now),
+        transactions=transactions(connection),
     )
     return replace(found, verdict=explain(found))
 
