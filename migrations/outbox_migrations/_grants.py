@@ -109,7 +109,7 @@ _SAID: Final = {
     "cancel": "an application that takes back what is scheduled (outbox.cancel)",
     "claim": "an application with a loop of its own (outbox.claim)",
     "relay": "outbox relay",
-    "consume": "outbox consume; what its handlers write to is yours to grant",
+    "consume": "outbox consume (what its handlers write to is yours to grant)",
     "operate": "outbox status, trace, dlq",
 }
 _BY_DEFAULT: Final = {"add": "app", "relay": "relay", "consume": "consumer", "operate": "operator"}

@@ -51,3 +51,9 @@ def drainable(request: pytest.FixtureRequest) -> sa.Engine:
     """A database that a relay of this version reads."""
     found: sa.Engine = request.getfixturevalue(request.param)
     return found
+
+
+@pytest.fixture(params=["postgres", "maria"])
+def server(request: pytest.FixtureRequest) -> sa.Engine:
+    found: sa.Engine = request.getfixturevalue(request.param)
+    return found

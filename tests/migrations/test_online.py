@@ -26,12 +26,6 @@ MARGIN = 1.0  # seconds that a loaded machine adds to what a writer waits
 WITHIN = 30.0
 
 
-@pytest.fixture(params=["postgres", "maria"])
-def server(request: pytest.FixtureRequest) -> sa.Engine:
-    found: sa.Engine = request.getfixturevalue(request.param)
-    return found
-
-
 @contextmanager
 def holding(older: Older, table: str = "dead_letter") -> Iterator[sa.Connection]:
     """A transaction that has written to a table and stays open."""
