@@ -95,7 +95,7 @@ def outbox_of(options: argparse.Namespace) -> Outbox:
     if given is not None:
         return given.outbox
     if options.app is None:
-        return Outbox(schema=options.schema, prefix=options.prefix or "outbox_")
+        return Outbox(schema=options.schema, prefix="outbox_" if options.prefix is None else options.prefix)
     if options.schema or options.prefix:
         raise ConfigurationError("--schema and --prefix say nothing beside --app: the Outbox object has its own")
     found = load(options.app)
