@@ -119,7 +119,7 @@ def insert_if_absent(table: sa.Table, dialect: str) -> sa.Insert:
 
         # Not INSERT IGNORE, which also stores what the columns refuse, cut to fit. An update to what it is, and a mark.
         key = next(iter(table.primary_key.columns))
-        insert = mysql.insert(table).on_duplicate_key_update({key.name: sa.func.if_(_MARK > 0, key, key)})
+        insert = mysql.insert(table).on_duplicate_key_update({key.name: sa.func.if_(_MARK > sa.literal_column("0"), key, key)})
     else:
         raise ConfigurationError(f"database {dialect!r}: PostgreSQL, SQLite, MySQL and MariaDB are possible")
     # SQLAlchemy keeps the row count of an INSERT only when told to: an async psycopg cursor is closed by then and says -1

@@ -146,8 +146,9 @@ def migrate(
         with alone(where, tables, patience) as (connection, commit, outside):
             require_schema(connection, tables)
             first = version_in(connection, tables, LATEST)
-            fresh = first == 0 and where.dialect.name in ("postgresql", "sqlite")
-            online = Online(lambda: connection, patience=patience, outside=outside, commit=None if fresh else commit)
+            # SQLite has one writer anyway; new tables of PostgreSQL appear all together
+            whole = where.dialect.name == "sqlite" or (first == 0 and where.dialect.name == "postgresql")
+            online = Online(lambda: connection, patience=patience, outside=outside, commit=None if whole else commit)
             return _migrate(online, connection, tables.schema, prefix, first, target, downgrade)
     with begin_alone(where, tables, patience):
         first = version_in(where, tables, LATEST)

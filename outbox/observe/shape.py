@@ -226,7 +226,8 @@ def _serves(expected: str, found: str, dialect: str) -> bool:
     other, enough = _family(found, dialect)
     if kind != other:
         return False
-    if dialect in _MYSQL and kind == "text" and "COLLATE" in found and not re.search(r"COLLATE \w*bin", found):
+    by_bytes = r"COLLATE \w*bin"
+    if re.search(by_bytes, expected) and "COLLATE" in found and not re.search(by_bytes, found):
         return False  # compared without case, the keys 'a' and 'A' are one
     return dialect == "sqlite" or enough >= size
 

@@ -1,27 +1,27 @@
 CREATE TABLE outbox_message (
     `position` BIGINT NOT NULL AUTO_INCREMENT, 
-    id UUID NOT NULL, 
+    id CHAR(36) CHARACTER SET ascii COLLATE ascii_general_ci NOT NULL, 
     bucket SMALLINT NOT NULL, 
-    topic VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
-    `key` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
-    type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    topic VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
+    `key` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
+    type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     payload LONGBLOB, 
-    content_type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
-    headers MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    content_type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
+    headers MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     created_at DATETIME(6) NOT NULL DEFAULT (utc_timestamp(6)), 
     CONSTRAINT outbox_message_pkey PRIMARY KEY (`position`), 
     CONSTRAINT outbox_message_bucket_check CHECK (bucket BETWEEN 0 AND 63)
 );
 
 CREATE TABLE outbox_scheduled (
-    id UUID NOT NULL, 
+    id CHAR(36) CHARACTER SET ascii COLLATE ascii_general_ci NOT NULL, 
     bucket SMALLINT NOT NULL, 
-    topic VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
-    `key` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
-    type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    topic VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
+    `key` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
+    type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     payload LONGBLOB, 
-    content_type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
-    headers MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    content_type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
+    headers MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     created_at DATETIME(6) NOT NULL DEFAULT (utc_timestamp(6)), 
     deliver_at DATETIME(6) NOT NULL, 
     CONSTRAINT outbox_scheduled_pkey PRIMARY KEY (id), 
@@ -32,21 +32,21 @@ CREATE INDEX outbox_scheduled_deliver_at_idx ON outbox_scheduled (deliver_at);
 
 CREATE TABLE outbox_parked (
     `position` BIGINT NOT NULL, 
-    id UUID NOT NULL, 
+    id CHAR(36) CHARACTER SET ascii COLLATE ascii_general_ci NOT NULL, 
     bucket SMALLINT NOT NULL, 
-    topic VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
-    `key` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
-    type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    topic VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
+    `key` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
+    type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     payload LONGBLOB, 
-    content_type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
-    headers MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    content_type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
+    headers MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     created_at DATETIME(6) NOT NULL DEFAULT (utc_timestamp(6)), 
-    role VARCHAR(8) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
+    role VARCHAR(8) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
     attempts INTEGER NOT NULL DEFAULT 0, 
     next_attempt_at DATETIME(6), 
     first_failed_at DATETIME(6), 
     last_failed_at DATETIME(6), 
-    last_error MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    last_error MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     CONSTRAINT outbox_parked_pkey PRIMARY KEY (`position`)
 );
 
@@ -55,33 +55,33 @@ CREATE INDEX outbox_parked_due_idx ON outbox_parked (role, next_attempt_at);
 CREATE INDEX outbox_parked_key_idx ON outbox_parked (topic, `key`, `position`);
 
 CREATE TABLE outbox_dead_letter (
-    id UUID NOT NULL, 
-    consumer VARCHAR(128) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
-    message_id UUID NOT NULL, 
+    id CHAR(36) CHARACTER SET ascii COLLATE ascii_general_ci NOT NULL, 
+    consumer VARCHAR(128) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
+    message_id CHAR(36) CHARACTER SET ascii COLLATE ascii_general_ci NOT NULL, 
     cycle INTEGER NOT NULL, 
-    topic VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
+    topic VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
     `partition` INTEGER, 
     `offset` BIGINT, 
     bucket SMALLINT, 
-    `key` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    `key` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     raw_key LONGBLOB, 
-    type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     payload LONGBLOB, 
-    content_type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
-    headers MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    content_type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
+    headers MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     created_at DATETIME(6), 
-    reason VARCHAR(32) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
-    exception_type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
-    exception_message MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
-    stack MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
-    fingerprint VARCHAR(16) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
+    reason VARCHAR(32) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
+    exception_type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
+    exception_message MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
+    stack MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
+    fingerprint VARCHAR(16) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
     attempts INTEGER NOT NULL, 
     first_failed_at DATETIME(6), 
     dead_at DATETIME(6) NOT NULL DEFAULT (utc_timestamp(6)), 
-    app_version VARCHAR(64) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
-    state VARCHAR(16) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
+    app_version VARCHAR(64) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
+    state VARCHAR(16) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
     closed_at DATETIME(6), 
-    edited_from UUID, 
+    edited_from CHAR(36) CHARACTER SET ascii COLLATE ascii_general_ci, 
     CONSTRAINT outbox_dead_letter_pkey PRIMARY KEY (id), 
     CONSTRAINT outbox_dead_letter_key UNIQUE (consumer, message_id, cycle)
 );
@@ -91,18 +91,18 @@ CREATE INDEX outbox_dead_letter_state_idx ON outbox_dead_letter (state, fingerpr
 CREATE TABLE outbox_audit (
     id BIGINT NOT NULL AUTO_INCREMENT, 
     at DATETIME(6) NOT NULL DEFAULT (utc_timestamp(6)), 
-    action VARCHAR(32) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
-    who VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
-    why MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
-    target MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
+    action VARCHAR(32) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
+    who VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
+    why MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
+    target MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
     count INTEGER NOT NULL, 
     CONSTRAINT outbox_audit_pkey PRIMARY KEY (id)
 );
 
 CREATE TABLE outbox_inbox (
-    consumer VARCHAR(128) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
-    message_id UUID NOT NULL, 
-    outcome VARCHAR(8) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
+    consumer VARCHAR(128) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
+    message_id CHAR(36) CHARACTER SET ascii COLLATE ascii_general_ci NOT NULL, 
+    outcome VARCHAR(8) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
     cycle INTEGER NOT NULL DEFAULT 0, 
     processed_at DATETIME(6) NOT NULL DEFAULT (utc_timestamp(6)), 
     CONSTRAINT outbox_inbox_pkey PRIMARY KEY (consumer, message_id)
@@ -111,24 +111,24 @@ CREATE TABLE outbox_inbox (
 CREATE INDEX outbox_inbox_processed_at_idx ON outbox_inbox (processed_at);
 
 CREATE TABLE outbox_attempt (
-    consumer VARCHAR(128) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
-    message_id UUID NOT NULL, 
+    consumer VARCHAR(128) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
+    message_id CHAR(36) CHARACTER SET ascii COLLATE ascii_general_ci NOT NULL, 
     cycle INTEGER NOT NULL DEFAULT 0, 
-    topic VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
+    topic VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
     `partition` INTEGER, 
     `offset` BIGINT, 
-    `key` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    `key` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     sequence BIGINT, 
     attempts INTEGER NOT NULL DEFAULT 0, 
-    state VARCHAR(16) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
+    state VARCHAR(16) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
     next_attempt_at DATETIME(6), 
     first_failed_at DATETIME(6), 
     last_failed_at DATETIME(6), 
-    last_error MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
-    type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    last_error MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
+    type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     payload LONGBLOB, 
-    content_type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
-    headers MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    content_type VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
+    headers MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     created_at DATETIME(6), 
     CONSTRAINT outbox_attempt_pkey PRIMARY KEY (consumer, message_id)
 );
@@ -139,8 +139,8 @@ CREATE INDEX outbox_attempt_sequence_idx ON outbox_attempt (consumer, `key`, seq
 
 CREATE TABLE outbox_sent (
     `position` BIGINT NOT NULL, 
-    id UUID NOT NULL, 
-    topic VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
+    id CHAR(36) CHARACTER SET ascii COLLATE ascii_general_ci NOT NULL, 
+    topic VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
     `partition` INTEGER, 
     `offset` BIGINT, 
     sent_at DATETIME(6) NOT NULL DEFAULT (utc_timestamp(6)), 
@@ -153,27 +153,27 @@ CREATE INDEX outbox_sent_sent_at_idx ON outbox_sent (sent_at);
 
 CREATE TABLE outbox_lease (
     bucket SMALLINT NOT NULL, 
-    owner VARCHAR(128) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    owner VARCHAR(128) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     epoch BIGINT NOT NULL DEFAULT 0, 
     expires_at DATETIME(6), 
-    transactional_id VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
-    fence_pending MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    transactional_id VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
+    fence_pending MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     CONSTRAINT outbox_lease_pkey PRIMARY KEY (bucket)
 );
 
 CREATE TABLE outbox_relay (
-    owner VARCHAR(128) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
-    host VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
-    version VARCHAR(64) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
+    owner VARCHAR(128) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
+    host VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
+    version VARCHAR(64) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
     started_at DATETIME(6) NOT NULL DEFAULT (utc_timestamp(6)), 
     heartbeat_at DATETIME(6) NOT NULL DEFAULT (utc_timestamp(6)), 
-    state MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin, 
+    state MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin, 
     CONSTRAINT outbox_relay_pkey PRIMARY KEY (owner)
 );
 
 CREATE TABLE outbox_checkpoint (
-    name VARCHAR(128) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
-    value MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, 
+    name VARCHAR(128) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
+    value MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin NOT NULL, 
     updated_at DATETIME(6) NOT NULL DEFAULT (utc_timestamp(6)), 
     CONSTRAINT outbox_checkpoint_pkey PRIMARY KEY (name)
 );
