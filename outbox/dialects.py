@@ -100,7 +100,8 @@ def _now_mysql(element: now, compiler: Any, **kw: Any) -> str:
 # For one row that was there the server counts 0 or 1 rows affected, the latter where the client set CLIENT_FOUND_ROWS,
 # which is also what it counts for a new row. The insert id tells them apart on every connection: none of our tables that
 # are inserted into this way gives one out, so it is 0 unless the update has set it.
-_MARK: Final = sa.func.last_insert_id(sa.literal_column("1"))
+# Without parameters of its own, which PyMySQL cannot give to several rows.
+_MARKED: Final = sa.func.last_insert_id(sa.literal_column("1")).op(">")(sa.literal_column("0"))
 
 
 def insert_if_absent(table: sa.Table, dialect: str) -> sa.Insert:
@@ -119,7 +120,7 @@ def insert_if_absent(table: sa.Table, dialect: str) -> sa.Insert:
 
         # Not INSERT IGNORE, which also stores what the columns refuse, cut to fit. An update to what it is, and a mark.
         key = next(iter(table.primary_key.columns))
-        insert = mysql.insert(table).on_duplicate_key_update({key.name: sa.func.if_(_MARK > sa.literal_column("0"), key, key)})
+        insert = mysql.insert(table).on_duplicate_key_update({key.name: sa.func.if_(_MARKED, key, key)})
     else:
         raise ConfigurationError(f"database {dialect!r}: PostgreSQL, SQLite, MySQL and MariaDB are possible")
     # SQLAlchemy keeps the row count of an INSERT only when told to: an async psycopg cursor is closed by then and says -1
