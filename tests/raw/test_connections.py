@@ -12,6 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy as sa
+import wrapt
 from sqlalchemy.orm import Session
 
 from outbox import EncodingError, Message, Outbox, TransactionError
@@ -383,3 +384,56 @@ def test_of_two_claims_at_once_the_second_waits_and_is_false(shop: RawShop, conn
     thread.join(10)
     assert claims == [False]
     assert shop.holds("a")
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"], indirect=True)
+def test_a_prepared_transaction_takes_its_messages_with_it(shop: RawShop, connect: Callable[[], Any]) -> None:
+    for name, ends in (("a", "tpc_commit"), ("b", "tpc_rollback")):
+        connection = connect()
+        connection.tpc_begin(connection.xid(1, name, shop.url.database))
+        place(connection, name)
+        connection.tpc_prepare()
+        assert "b" not in shop.orders()
+        getattr(connection, ends)()
+    assert shop.holds("a")
+
+
+def test_a_proxy_of_a_tracer_is_taken_for_what_it_wraps(shop: RawShop, connection: Any) -> None:
+    """As OpenTelemetry's and Datadog's are."""
+    proxy = wrapt.ObjectProxy(connection)
+    place(proxy, "a")
+    outbox.add_all(proxy, [])
+    assert outbox.claim(proxy, "billing", "id")
+    proxy.commit()
+    assert shop.holds("a")
+
+
+@pytest.mark.parametrize("driver", ["sqlite3"], indirect=True)
+@pytest.mark.parametrize(("mode", "level"), [(True, ""), (True, None), (-1, None)])
+def test_sqlite_s_three_ways_to_autocommit(mode: bool | int, level: str | None, shop: RawShop) -> None:
+    """``autocommit`` is an attribute since Python 3.12; -1 is the old way, where isolation_level counts."""
+
+    class Connection(sqlite3.Connection):
+        autocommit = mode
+
+    connection = sqlite3.connect(str(shop.url.database), isolation_level=level, factory=Connection)
+    with refused:
+        outbox.add(connection, "orders", b"a")
+    execute(connection, "BEGIN")
+    place(connection, "a")
+    execute(connection, "COMMIT")
+    connection.close()
+    assert shop.holds("a")
+
+
+@pytest.mark.parametrize("driver", ["sqlite3"], indirect=True)
+@pytest.mark.parametrize(("mode", "level"), [(False, ""), (-1, ""), (-1, "IMMEDIATE")])
+def test_sqlite_s_ways_not_to(mode: bool | int, level: str | None, shop: RawShop) -> None:
+    class Connection(sqlite3.Connection):
+        autocommit = mode
+
+    connection = sqlite3.connect(str(shop.url.database), isolation_level=level, factory=Connection)
+    outbox.add(connection, "orders", b"a")
+    connection.rollback()
+    connection.close()
+    assert shop.messages() == []

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
+import outbox_migrations
 from outbox import ConfigurationError, Outbox, Relay
 from outbox.observe.schema import check_schema
 from tests.services import DatabaseServer
@@ -130,6 +131,21 @@ def test_the_client_of_the_database_makes_what_create_all_makes(database: str, u
     assert rows(outbox, engines[0]) == rows(outbox, engines[1])
     with engines[0].begin() as connection:
         check_schema(connection, outbox.tables)
+    for engine in engines:
+        engine.dispose()
+
+
+def test_outbox_migrate_makes_the_same(database: str, urls: tuple[str, str]) -> None:
+    outbox = Outbox()
+    engines = [engine_for(database, url) for url in urls]
+    run(database, urls[0], script_for(outbox, database, urls[0]))
+    with engines[1].begin() as connection:
+        outbox_migrations.migrate(connection)
+    first, second = (schema(database, engine) for engine in engines)
+    assert first == second
+    assert rows(outbox, engines[0]) == rows(outbox, engines[1])
+    with engines[0].begin() as connection:
+        assert outbox_migrations.migrate(connection) == []
     for engine in engines:
         engine.dispose()
 
