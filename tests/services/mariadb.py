@@ -25,6 +25,8 @@ SETTINGS = {
     "skip-name-resolve": "ON",
     "max_connections": "200",
     "innodb_buffer_pool_size": "64M",
+    # MySQL's default, and what Galera needs: positions of statements that run side by side may interleave
+    "innodb_autoinc_lock_mode": "2",
     "server_id": "1",
     "log_bin": "binlog",
     "binlog_format": "ROW",
