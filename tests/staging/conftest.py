@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,20 @@ class Lent:
     """A server's database that is lent to one test after the other, and emptied in between: to create one takes longer
     than most of these tests. Another one where a test left more in it than rows."""
 
-    def __init__(self, server: PostgresqlServer | MariadbServer) -> None:
+    def __init__(self, server: PostgresqlServer | MariadbServer, tables: Sequence[sa.Table] = TABLES) -> None:
         self.server = server
+        self.tables = tables
         self.engine: sa.Engine | None = None
 
     def lend(self) -> Iterator[str]:
         if self.engine is None:
             self.engine = server_engine(self.server.create_database(), isolation_level="AUTOCOMMIT")
-            Base.metadata.create_all(self.engine, tables=TABLES)
+            for table in self.tables:
+                table.create(self.engine)
         yield self.url
         try:
             with self.engine.connect() as connection:
-                as_new = _empty(connection)
+                as_new = _empty(connection, self.tables)
         except sa.exc.OperationalError:  # waited for a transaction that was left prepared
             as_new = False
         if not as_new:
@@ -177,7 +179,7 @@ MARIADB = {
 }
 
 
-def _empty(connection: sa.Connection) -> bool:
+def _empty(connection: sa.Connection, tables: Sequence[sa.Table]) -> bool:
     """Make the database as it was when it was new; False where that takes more than removing rows."""
     sql = POSTGRESQL if connection.dialect.name == "postgresql" else MARIADB
 
@@ -190,11 +192,11 @@ def _empty(connection: sa.Connection) -> bool:
 
     assert wait_until(nobody_else, 10)
     connection.exec_driver_sql(sql["patience"])
-    names = [table.name for table in TABLES]
+    names = [table.name for table in tables]
     found = set(sa.inspect(connection).get_table_names())
     if found != set(names) or connection.exec_driver_sql(sql["more"]).scalar() != len(names):
         return False
-    used = [table.name for table in TABLES if _is_used(connection, table)]
+    used = [table.name for table in tables if _is_used(connection, table)]
     for statement in [", ".join(used)] if sql is POSTGRESQL and used else used:
         connection.exec_driver_sql(sql["empty"].format(statement))
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from outbox import TransactionError
-from tests.staging.conftest import server_engine
-from tests.staging.shop import TABLES, Base, Order, Shop, outbox, place, tell
+from tests.staging.conftest import SERVERS, Lent, server_engine
+from tests.staging.shop import TABLES, Order, Shop, outbox, place, tell
 
 Shops = tuple[Shop, Shop]
 
@@ -28,11 +29,42 @@ class Stock(StockBase):
     id: Mapped[int] = mapped_column(primary_key=True)
 
 
-@pytest.fixture(autouse=True)
-def stock_tables(request: pytest.FixtureRequest) -> None:
-    if "two_shops" in request.fixturenames:
-        for shop in request.getfixturevalue("two_shops"):
+STOCKED = [*TABLES, StockBase.metadata.tables[Stock.__tablename__]]
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Iterator[dict[str, tuple[Lent, Lent]]]:
+    """Two databases of each server, lent to one test after the other."""
+    pairs: dict[str, tuple[Lent, Lent]] = {}
+    yield pairs
+    for pair in pairs.values():
+        for lent in pair:
+            lent.drop()
+
+
+@contextmanager
+def a_pair(request: pytest.FixtureRequest, pairs: dict[str, tuple[Lent, Lent]], server: str) -> Iterator[Shops]:
+    if server not in pairs:
+        found = request.getfixturevalue(server)
+        pairs[server] = Lent(found, STOCKED), Lent(found, STOCKED)
+    with ExitStack() as stack:
+        urls = [stack.enter_context(contextmanager(lent.lend)()) for lent in pairs[server]]
+        first, second = (server_engine(url) for url in urls)
+        stack.callback(second.dispose)
+        stack.callback(first.dispose)
+        yield Shop(first), Shop(second)
+
+
+@pytest.fixture(params=["sqlite", *SERVERS])
+def two_shops(request: pytest.FixtureRequest, pairs: dict[str, tuple[Lent, Lent]], two_shops: Shops) -> Iterator[Shops]:
+    """Two databases of each kind."""
+    if request.param == "sqlite":
+        for shop in two_shops:
             StockBase.metadata.create_all(shop.engine)
+        yield two_shops
+        return
+    with a_pair(request, pairs, request.param) as shops:
+        yield shops
 
 
 # ---------------------------------------------------------------- a leader, and a follower that is read
@@ -247,17 +279,10 @@ def test_the_message_that_waited_for_its_database_keeps_its_place(two_shops: Sho
 # ---------------------------------------------------------------- two-phase commit
 
 
-@pytest.fixture
-def twophase_shops(server_shop: Shop, request: pytest.FixtureRequest) -> Iterator[Shops]:
-    server = request.getfixturevalue("postgresql" if server_shop.engine.name == "postgresql" else "mariadb")
-    url = server.create_database()
-    engine = server_engine(url)
-    Base.metadata.create_all(engine, tables=TABLES)
-    for shop_engine in (engine, server_shop.engine):
-        StockBase.metadata.create_all(shop_engine)
-    yield server_shop, Shop(engine)
-    engine.dispose()
-    server.drop_database(url)
+@pytest.fixture(params=SERVERS)
+def twophase_shops(request: pytest.FixtureRequest, pairs: dict[str, tuple[Lent, Lent]]) -> Iterator[Shops]:
+    with a_pair(request, pairs, request.param) as shops:
+        yield shops
 
 
 def test_a_message_is_prepared_and_committed_with_its_order(server_shop: Shop) -> None:
