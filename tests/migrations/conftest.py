@@ -46,13 +46,6 @@ def engine(request: pytest.FixtureRequest) -> sa.Engine:
     return found
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def drainable(request: pytest.FixtureRequest) -> sa.Engine:
-    """A database that a relay of this version reads."""
-    found: sa.Engine = request.getfixturevalue(request.param)
-    return found
-
-
 @pytest.fixture(params=["postgres", "maria"])
 def server(request: pytest.FixtureRequest) -> sa.Engine:
     found: sa.Engine = request.getfixturevalue(request.param)

@@ -35,43 +35,43 @@ def test_rows_in_flight_outlive_the_upgrade(engine: sa.Engine) -> None:
         assert differences(connection, Outbox().metadata) == []
 
 
-def test_a_relay_of_the_new_version_sends_what_the_old_one_left(drainable: sa.Engine) -> None:
-    older = Older(drainable)
+def test_a_relay_of_the_new_version_sends_what_the_old_one_left(engine: sa.Engine) -> None:
+    older = Older(engine)
     older.fill()
-    migrate(drainable)
+    migrate(engine)
     older.add("after")  # an application that has not been rolled out yet
-    assert drain(drainable, Outbox()) == 20 + 1 + 1 + 1  # messages, the one that is due, the parked one, the last
+    assert drain(engine, Outbox()) == 20 + 1 + 1 + 1  # messages, the one that is due, the parked one, the last
     counts = older.counts()
     assert (counts["message"], counts["scheduled"], counts["parked"]) == (0, 1, 0)
     assert (counts["inbox"], counts["dead_letter"], counts["attempt"]) == (5, 2, 1)
 
 
-def test_a_relay_and_a_consumer_that_meet_older_tables_say_so_and_touch_nothing(drainable: sa.Engine) -> None:
-    older = Older(drainable)
+def test_a_relay_and_a_consumer_that_meet_older_tables_say_so_and_touch_nothing(engine: sa.Engine) -> None:
+    older = Older(engine)
     before = older.fill()
     outbox = Outbox()
     said = (
         rf"have version 1; this pyoutbox needs {LATEST}\. Run `outbox migrate`, or outbox_migrations\.upgrade\(op, to="
     )
     with pytest.raises(SchemaMismatch, match=said):
-        drain(drainable, outbox)
-    billing = Consumer("billing", outbox, database=drainable, transport="memory://older")
+        drain(engine, outbox)
+    billing = Consumer("billing", outbox, database=engine, transport="memory://older")
     billing.on("orders")(lambda payload: None)
     with pytest.raises(SchemaMismatch, match=said):
         asyncio.run(entered(billing))
     assert older.counts() == before
 
 
-def test_a_relay_and_a_consumer_that_meet_newer_tables_say_so_and_touch_nothing(drainable: sa.Engine) -> None:
-    older = Older(drainable)
+def test_a_relay_and_a_consumer_that_meet_newer_tables_say_so_and_touch_nothing(engine: sa.Engine) -> None:
+    older = Older(engine)
     before = older.fill()
     outbox = Outbox()
-    migrate(drainable)
-    with drainable.begin() as connection:
+    migrate(engine)
+    with engine.begin() as connection:
         connection.execute(sa.text("update outbox_checkpoint set value = '99' where name = 'schema_version'"))
     with pytest.raises(SchemaMismatch, match="have version 99, made by a newer pyoutbox"):
-        drain(drainable, outbox)
-    billing = Consumer("billing", outbox, database=drainable, transport="memory://newer")
+        drain(engine, outbox)
+    billing = Consumer("billing", outbox, database=engine, transport="memory://newer")
     billing.on("orders")(lambda payload: None)
     with pytest.raises(SchemaMismatch, match="have version 99, made by a newer pyoutbox"):
         asyncio.run(entered(billing))
