@@ -15,6 +15,9 @@ def include_object_for(prefix: str = "outbox_") -> Callable[[Any, str | None, st
     names = frozenset(table.name for table in tables_for(sa.MetaData(), None, prefix).all)
 
     def include_object(object: Any, name: str | None, type_: str, reflected: bool, compare_to: Any) -> bool:
+        if type_ == "column" and compare_to is not None and object.table.name in names:
+            # only PostgreSQL makes an identity column of ours; with compare_server_default Alembic wants it everywhere
+            return object.identity is None or compare_to.identity is not None
         return not (type_ == "table" and reflected and compare_to is None and name in names)
 
     return include_object
@@ -25,7 +28,8 @@ _default = include_object_for()
 
 def include_object(object: Any, name: str | None, type_: str, reflected: bool, compare_to: Any) -> bool:
     """For ``context.configure(include_object=…)`` in ``env.py``: False for outbox tables that are in the database and
-    not in your metadata (``env.py`` does not import the module with your `Outbox`), which autogenerate would drop.
+    not in your metadata (``env.py`` does not import the module with your `Outbox`), which autogenerate would drop, and for
+    identity columns of ours where the database has none.
 
     Knows the default prefix only (`include_object_for` another). Not needed with Alembic 1.18 or newer, where the plugin
     sees to it.
