@@ -56,11 +56,11 @@ class Outbox:
     def metadata(self) -> sa.MetaData:
         return self.tables.metadata
 
-    def ddl(self, database: str) -> str:
+    def ddl(self, dialect: str) -> str:
         """The tables as an SQL script for ``"postgresql"``, ``"mysql"``, ``"mariadb"`` or ``"sqlite"``: what ``create_all``
         would execute, with the rows that the tables begin with. To be run once, by the database's own client or in a
         migration of another framework; it begins and commits no transaction. Raises `ConfigurationError`."""
-        return _ddl.script(self.tables, database)
+        return _ddl.script(self.tables, dialect)
 
     @overload
     def add(

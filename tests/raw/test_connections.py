@@ -13,6 +13,8 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 import wrapt
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlalchemy.orm import Session
 
 from outbox import EncodingError, Message, Outbox, TransactionError
@@ -165,6 +167,34 @@ def test_rows_are_those_that_a_session_writes(shop: RawShop, connection: Any) ->
             outbox.add_all(connection, messages)
         connection.commit()
         assert [rows(shop, table) for table in tables] == expected
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=255)
+MESSAGE = st.fixed_dictionaries(
+    {"topic": TEXT, "payload": st.none() | st.binary(max_size=300)},
+    optional={
+        "key": TEXT,
+        "type": TEXT,
+        "content_type": TEXT,
+        "deliver_at": st.timedeltas(dt.timedelta(), dt.timedelta(9)),
+    },
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=st.lists(MESSAGE, min_size=1, max_size=12))
+def test_whatever_is_in_a_message_is_what_comes_out(
+    shop: RawShop, connection: Any, messages: list[dict[str, Any]]
+) -> None:
+    added = outbox.add_all(connection, messages)
+    connection.commit()
+    for table in (outbox.tables.message, outbox.tables.scheduled):
+        expected = [message for message in added if (message.deliver_at is None) == (table is outbox.tables.message)]
+        found = {row["id"]: row for row in rows(shop, table)}
+        for message in expected:
+            row = found[message.id]
+            for name in ("topic", "payload", "key", "type", "content_type", "deliver_at"):
+                assert row.get(name) == getattr(message, name)
 
 
 def test_messages_beyond_one_statement_keep_their_order(shop: RawShop, connection: Any) -> None:
