@@ -15,6 +15,7 @@ from typing import Final
 
 import sqlalchemy as sa
 
+from outbox._refusals import words
 from outbox._version import __version__
 from outbox.errors import OutboxError, StoreUnavailable, TransportError
 
@@ -47,8 +48,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "outbox") -> int
         return 2
     except sa.exc.DBAPIError as error:
         # the driver's words alone: SQLAlchemy's add the statement and its parameters, which are the user's data
-        what = str(error.orig).strip().splitlines()
-        print(f"{prog} {options.verb}: the database refuses: {what[0] if what else error.orig!r}", file=sys.stderr)
+        what = words(error.orig or error)
+        print(f"{prog} {options.verb}: the database refuses: {what}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         return 130

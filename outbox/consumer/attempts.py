@@ -72,7 +72,10 @@ class Attempts:
         """
         attempt = self.tables.attempt
         mine = self._mine(incoming)
-        before = connection.execute(sa.select(attempt.c.attempts).where(mine).with_for_update()).scalar_one_or_none()
+        counted = sa.select(attempt.c.attempts).where(mine)
+        before = connection.execute(counted).scalar_one_or_none()
+        if before is not None:  # to lock a row that is not there would keep others from theirs (MySQL)
+            before = connection.execute(counted.with_for_update()).scalar_one_or_none()
         attempts = (before or 0) + 1
         if attempts >= budget:
             self.dead(connection, incoming, failure, tried=1)

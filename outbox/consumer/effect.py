@@ -18,10 +18,11 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from outbox._message import Message, declaration
 from outbox._outbox import Outbox
-from outbox._transactions import connection_for
+from outbox._transactions import connection_for, undone_by_error
 from outbox.consumer.attempts import Attempts
 from outbox.consumer.binding import Handler
 from outbox.consumer.incoming import Incoming
+from outbox.dialects import MYSQL
 from outbox.errors import TransactionError
 
 
@@ -58,12 +59,18 @@ class Effect:
         if not free and self.incoming.has_attempt_row:
             self.attempts.forget(connection, self.incoming)
         self.claimed = free
+        _undone.discard(connection)
         return free
 
     def complete(self, session: Session, result: Any) -> bool:
         """After the handler: what it returned is added, and on SQLite the claim is written. False: another process was
         quicker, roll back. Raises `TransactionError` where the handler ended the transaction, TypeError for a result that
         is no message."""
+        if self.connection in _undone:
+            raise TransactionError(
+                f"handler {self.handler.name} went on after an error with which the database had rolled back the whole "
+                "transaction (a deadlock), the inbox row with it. Let such an exception through: the message is tried again"
+            )
         if session.get_transaction() is not self._root or self._root is None or not self._root.is_active:
             raise TransactionError(
                 f"handler {self.handler.name} ended the transaction (rollback, close or remove on its session), so effect "
@@ -143,6 +150,21 @@ def _before_commit(session: Session) -> None:
         )
 
 
+# ---------------------------------------------------------------- what MySQL rolls back by itself
+
+_undone: weakref.WeakSet[sa.Connection] = weakref.WeakSet()
+
+
+def _handle_error(context: sa.engine.ExceptionContext) -> None:
+    """InnoDB ends a deadlock by rolling back one transaction as a whole, and what its owner executes after that begins a
+    new one: a handler that swallows the error would commit half an effect, without its inbox row."""
+    connection = context.connection
+    if connection is None or context.is_disconnect or connection.dialect.name not in MYSQL:
+        return
+    if undone_by_error(connection, context.original_exception):
+        _undone.add(connection)
+
+
 # ---------------------------------------------------------------- SQLite's savepoints
 
 _begins_at_savepoint: weakref.WeakSet[sa.Connection] = weakref.WeakSet()
@@ -171,3 +193,4 @@ def install() -> None:
         sa.event.listen(Session, "before_commit", _before_commit)
         # before staging looks at it: with a BEGIN in front its release is no commit
         sa.event.listen(sa.Engine, "savepoint", _savepoint, insert=True)
+        sa.event.listen(sa.Engine, "handle_error", _handle_error)

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 import sqlalchemy as sa
 
 from outbox._outbox import Outbox
+from outbox._refusals import words
 from outbox.backoff import Backoff
 from outbox.consumer.attempts import Attempts
 from outbox.consumer.binding import Handler
@@ -83,8 +84,7 @@ class Database:
             return
         self._troubles += 1
         cause = getattr(trouble.__cause__, "orig", None) or trouble.__cause__ or trouble
-        text = str(cause).strip().splitlines()
-        self._state.database = f"{type(cause).__name__}: {text[0] if text else ''}"
+        self._state.database = f"{type(cause).__name__}: {words(cause)}"
         log.error("the database failed, no attempt is spent; trying again: %s", self._state.database)
         self._up.clear()
         self._probe = asyncio.create_task(self._until_it_answers())

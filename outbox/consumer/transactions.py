@@ -18,7 +18,7 @@ from outbox.consumer.binding import Handler
 from outbox.consumer.effect import DatabaseTrouble, Effect, NoRoom, guarded
 from outbox.consumer.threads import Threads
 from outbox.errors import ConfigurationError, OutboxError, StoreUnavailable
-from outbox.stores.engine import Database, async_engine_for, is_engine, require_file, sync_engine_for
+from outbox.stores.engine import Database, async_engine_for, is_engine, quiet, require_file, sync_engine_for
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -130,7 +130,7 @@ class Transactions:
             if self._engine is not None:
                 return await self._threads.run(self._run_on_engine, work)
             if self._async_engine is not None:
-                async with self._async_engine.begin() as connection:
+                async with quiet(self._async_engine).begin() as connection:
                     return await connection.run_sync(work)
             if self._sync_sessions is not None:
                 return await self._threads.run(self._run_in_session, work)
@@ -144,7 +144,7 @@ class Transactions:
 
     def _run_on_engine(self, work: Callable[[sa.Connection], T]) -> T:
         assert self._engine is not None
-        with self._engine.begin() as connection:
+        with quiet(self._engine).begin() as connection:
             return work(connection)
 
     def _run_in_session(self, work: Callable[[sa.Connection], T]) -> T:

@@ -13,6 +13,7 @@ from typing import Final
 
 import sqlalchemy as sa
 
+from outbox._refusals import words
 from outbox.errors import DecodingError, OutboxError
 
 _CAUSE: Final = "\nThe above exception was the direct cause of the following exception:\n\n"
@@ -33,7 +34,7 @@ def message_of(error: BaseException) -> str:
     """The exception's text. Of SQLAlchemy's the driver's first line alone: what follows it (PostgreSQL's DETAIL) quotes the
     row, and then come the statement and its parameters. The same is cut off where another exception's text quotes one."""
     if isinstance(error, sa.exc.StatementError) and error.orig is not None:
-        return f"({type_of(error.orig)}) {_first_line(_text(error.orig))}"
+        return f"({type_of(error.orig)}) {words(error.orig)}"
     return _without_statement(_text(error))
 
 
@@ -71,7 +72,7 @@ def _chain(error: BaseException) -> Iterator[tuple[BaseException, str]]:
 
 
 def _one(error: BaseException, drivers: bool) -> str:
-    message = _first_line(_text(error)) if drivers else message_of(error)
+    message = words(error) if drivers else message_of(error)
     notes = [_without_statement(str(note)) for note in getattr(error, "__notes__", ())]
     text = "\n".join([f"{type_of(error)}: {message}" if message else type_of(error), *notes]) + "\n"
     if error.__traceback__ is not None:

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from outbox._message import BUCKETS, new_id
 from outbox._version import __version__
-from outbox.dialects import UtcDateTime, clock
+from outbox.dialects import MYSQL, UtcDateTime, clock
 from outbox.errors import LeaseLost
 from outbox.store import Store
 from outbox.tables import Tables
@@ -130,12 +130,14 @@ class Leases:
 
         def fence(connection: sa.Connection, buckets: Collection[int]) -> None:
             for bucket in sorted(set(buckets)):
-                held = connection.execute(
-                    sa.update(lease)
-                    .where(lease.c.bucket == bucket, lease.c.owner == owner, lease.c.epoch == epochs.get(bucket))
-                    .values(owner=owner)
-                )
-                if held.rowcount != 1:
+                ours = sa.and_(lease.c.bucket == bucket, lease.c.owner == owner, lease.c.epoch == epochs.get(bucket))
+                if connection.dialect.name in MYSQL:
+                    # an UPDATE to the same touches no row there, unless the client asked for CLIENT_FOUND_ROWS
+                    locked = connection.execute(sa.select(lease.c.bucket).where(ours).with_for_update()).all()
+                    held = len(locked)
+                else:
+                    held = connection.execute(sa.update(lease).where(ours).values(owner=owner)).rowcount
+                if held != 1:
                     raise LeaseLost(f"bucket {bucket} is another relay's now")
 
         return fence

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import sqlalchemy as sa
 
+from outbox._refusals import is_undone, words
 from outbox.errors import StoreUnavailable
 from outbox.stores import pooler
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+TRIES: Final = 5
 GRACE: Final = 1.0  # seconds that a cancelled call waits for its thread
 
 
@@ -35,16 +37,27 @@ class Runner:
         self._driver_error: type[Exception] = engine.dialect.loaded_dbapi.Error
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="outbox-store")
 
-    async def run(self, work: Callable[[sa.Connection], T]) -> T:
-        """Run ``work`` in a transaction and commit. Raises `StoreUnavailable` for whatever the database refuses: what the
+    async def run(self, work: Callable[[sa.Connection], T], tries: int = TRIES) -> T:
+        """Run ``work`` in a transaction and commit; again, up to ``tries`` times in all, where the database chose it as the
+        victim of a deadlock, or could not serialize it. Raises `StoreUnavailable` for whatever the database refuses: what the
         driver says itself quotes rows and parameters, which no log may show."""
         try:
-            if isinstance(self.engine, sa.Engine):
-                return await self._in_thread(self._in_transaction, work)
-            async with self.engine.begin() as connection:
-                return await connection.run_sync(work)
+            while True:
+                try:
+                    return await self._run(work)
+                except sa.exc.DBAPIError as error:
+                    # a deadlock's victim: the database has undone all of it, so it is done again
+                    tries -= 1
+                    if not tries or error.orig is None or not is_undone(error.orig):
+                        raise
         except (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError, self._driver_error) as error:
             raise unavailable(self.engine, error) from error
+
+    async def _run(self, work: Callable[[sa.Connection], T]) -> T:
+        if isinstance(self.engine, sa.Engine):
+            return await self._in_thread(self._in_transaction, work)
+        async with self.engine.begin() as connection:
+            return await connection.run_sync(work)
 
     async def _in_thread(
         self, work: Callable[..., T], *arguments: Any, discard: Callable[[T], object] = lambda _: None
@@ -207,8 +220,7 @@ class Scope:
 def unavailable(engine: sa.Engine | AsyncEngine, error: BaseException) -> StoreUnavailable:
     """What happened, in one line, without the statement, its parameters or a password."""
     cause = getattr(error, "orig", None) or error
-    text = str(cause).strip().splitlines()
-    what = text[0] if text else type(cause).__name__
+    what = words(cause) or type(cause).__name__
     hint = ""
     if "readonly database" in what:
         hint = "; the file or its folder is not writable for this user"

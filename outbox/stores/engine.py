@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import sqlalchemy as sa
 
@@ -18,9 +18,11 @@ from outbox.stores import pooler
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+AnyEngine = TypeVar("AnyEngine", bound="sa.Engine | AsyncEngine")
 Database: TypeAlias = "str | sa.URL | sa.Engine | AsyncEngine"
 
 SUPPORTED: Final = ("postgresql", "sqlite", *MYSQL)
+READ_COMMITTED: Final = "READ COMMITTED"
 SQLITE_BUSY_SECONDS: Final = 10.0
 
 # dialect -> (the driver for sync use, the driver for async use)
@@ -124,6 +126,16 @@ def async_engine_for(
     return _create_async(url if _is_async(url) else _with_driver(url, 1), pool_size, pre_ping, create)
 
 
+def quiet(engine: AnyEngine) -> AnyEngine:
+    """The engine for transactions of our own. On MySQL and MariaDB they are READ COMMITTED, whatever the user's are: under
+    REPEATABLE READ whoever looks for a row that is not there keeps others from inserting it."""
+    made_so = getattr(engine.dialect, "_on_connect_isolation_level", None) == READ_COMMITTED
+    if engine.dialect.name not in MYSQL or made_so:
+        return engine
+    ours: AnyEngine = engine.execution_options(isolation_level=READ_COMMITTED)  # type: ignore[assignment]
+    return ours
+
+
 def is_engine(database: object) -> bool:
     """Whether this is an engine of the caller's, which only the caller disposes of."""
     return _given(database) is not None
@@ -223,8 +235,7 @@ def _options(url: sa.URL, pool_size: int | None, pre_ping: bool) -> dict[str, An
         # a connection that died while it waited in the pool is found out before it is used
         options["pool_pre_ping"] = pre_ping
     if url.get_backend_name() in MYSQL:
-        # what PostgreSQL has; under REPEATABLE READ whoever looks for a row that is not there keeps others from inserting it
-        options["isolation_level"] = "READ COMMITTED"
+        options["isolation_level"] = READ_COMMITTED  # for each connection, once
         if "charset" not in url.query and url.get_driver_name() != "mariadbconnector":
             options["connect_args"] = {"charset": "utf8mb4"}  # libmysqlclient's own choice may be latin1
     if pool_size is not None:

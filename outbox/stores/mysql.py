@@ -10,7 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
 from outbox._message import Outgoing
+from outbox._refusals import is_undone
 from outbox.stores._run import Runner, unavailable
+from outbox.stores.engine import quiet
 from outbox.tables import Tables
 
 if TYPE_CHECKING:
@@ -44,7 +46,6 @@ QUIETLY: Final = ("set session transaction isolation level read committed", "set
 # MariaDB makes a subquery with a table of a list this long, which takes five times as long.
 LISTS_STAY_LISTS: Final = "set in_predicate_conversion_threshold = 0"
 
-DEADLOCK: Final = 1213
 TRIES: Final = 5
 
 
@@ -62,9 +63,7 @@ class MysqlStore:
     ) -> None:
         self.tables = tables
         self.dialect = engine.dialect.name
-        # an engine that is made here has the level from its start, one of the caller's gets it for each transaction
-        quiet = engine if ours else engine.execution_options(isolation_level="READ COMMITTED")
-        self._runner = Runner(quiet, ours=ours)
+        self._runner = Runner(quiet(engine), ours=ours)
         self._table = mysql.dialect().identifier_preparer.format_table(tables.message)
         # decoded in C and without a thread, which a server that falls silent would keep
         self._hot = Runner(hot, ours=True) if hot is not None else self._runner
@@ -113,7 +112,7 @@ class MysqlStore:
                     return await line.execute(sql)
                 except Exception as error:
                     tries -= 1
-                    if not tries or _code(error) != DEADLOCK:
+                    if not tries or not is_undone(error):
                         raise
         except BaseException as error:
             self._reader.old = self._settler.old = True
@@ -180,8 +179,3 @@ def _texts(texts: list[str]) -> str:
     if joined.count("'") == 2 * (len(texts) - 1) and "\\" not in joined:
         return f"'{joined}'"
     return ",".join(f"_utf8mb4 0x{text.encode().hex()}" for text in texts)
-
-
-def _code(error: BaseException) -> Any:
-    """The server's number of an error."""
-    return error.args[0] if error.args else None

@@ -12,13 +12,20 @@ from outbox.transports import memory
 from tests.consumer.billing import Billing
 from tests.services.fixtures import INSTALL_TIMEOUT
 
-DATABASES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.timeout(INSTALL_TIMEOUT))]
+DATABASES = [
+    "sqlite",
+    pytest.param("postgresql", marks=pytest.mark.timeout(INSTALL_TIMEOUT)),
+]
+MARIADB = pytest.param("mariadb", marks=pytest.mark.timeout(INSTALL_TIMEOUT))
+
+ON_EACH = pytest.mark.parametrize("database_url", [*DATABASES, MARIADB], indirect=True)
+"""For tests of what databases do in their own way: transactions, locks, types. Others run on the usual two."""
 
 
 @pytest.fixture(params=DATABASES)
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "postgresql":
-        url: str = request.getfixturevalue("postgresql_url")
+    if request.param != "sqlite":
+        url: str = request.getfixturevalue(f"{request.param}_url")
         return url
     return f"sqlite:///{tmp_path / 'billing.db'}"
 

@@ -16,8 +16,10 @@ from outbox import Message
 from outbox._message import new_id
 from outbox.stores.engine import async_engine_for
 from tests.consumer.billing import Billing, Charge, Charged, OrderPlaced, charge, placed, running, until_finished
+from tests.consumer.conftest import ON_EACH
 
 
+@ON_EACH
 async def test_a_message_has_its_effect_and_its_inbox_row(billing: Billing) -> None:
     consumer = billing.consumer()
     consumer.on(OrderPlaced)(charge)
@@ -126,6 +128,7 @@ async def test_a_handler_cannot_end_the_transaction_of_its_inbox_row(billing: Bi
     assert "consumer does" in str(letter.exception_message) or "ended the transaction" in str(letter.exception_message)
 
 
+@ON_EACH
 async def test_a_savepoint_that_a_handler_rolls_back_takes_only_its_part(billing: Billing) -> None:
     consumer = billing.consumer()
 
@@ -170,6 +173,7 @@ async def test_a_released_savepoint_does_not_commit_before_the_inbox_row(billing
 # ---------------------------------------------------------------- sync and async
 
 
+@ON_EACH
 async def test_async_and_sync_handlers_share_one_database_url(billing: Billing) -> None:
     consumer = billing.consumer()
     loops = set()
@@ -230,6 +234,7 @@ async def test_an_async_handler_without_a_session_needs_no_async_driver(billing:
     assert len(billing.rows("inbox")) == 1
 
 
+@ON_EACH
 async def test_an_async_engine_serves_async_handlers(billing: Billing) -> None:
     engine = async_engine_for(billing.url)
     consumer = billing.consumer(database=engine)

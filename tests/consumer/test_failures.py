@@ -14,6 +14,7 @@ from outbox._message import new_id
 from outbox.backoff import Backoff
 from outbox.consumer import Retries
 from tests.consumer.billing import QUICKLY, Billing, Charge, OrderPlaced, charge, placed, running, until, until_finished
+from tests.consumer.conftest import ON_EACH
 
 
 @pytest.mark.parametrize("payload", [b"\xff not JSON", b'{"order_id": "seven"}', b"", None])
@@ -54,6 +55,7 @@ async def test_a_tombstone_goes_to_a_handler_that_takes_none(billing: Billing) -
     assert seen == [None]
 
 
+@ON_EACH
 async def test_a_handler_that_always_fails_spends_its_attempts_and_is_dead_lettered(billing: Billing) -> None:
     consumer = billing.consumer(retries=Retries(attempts=4, backoff=QUICKLY))
     tries = []
@@ -83,6 +85,7 @@ async def test_a_handler_that_always_fails_spends_its_attempts_and_is_dead_lette
     assert outcomes[letter.message_id] == ("dead", 0)
 
 
+@ON_EACH
 async def test_a_dead_letter_that_is_delivered_late_again_is_skipped_and_not_doubled(billing: Billing) -> None:
     consumer = billing.consumer(retries=1)
 
@@ -272,6 +275,7 @@ async def test_the_inbox_row_is_not_written_before_the_handler(billing: Billing)
     assert len(billing.rows("inbox")) == len(billing.charges()) == 1
 
 
+@ON_EACH
 async def test_foreign_text_that_a_database_refuses_does_not_hold_up_the_partition(billing: Billing) -> None:
     """Keys, types, headers and exceptions of others can hold NUL characters, wrong UTF-8, or far too much."""
     consumer = billing.consumer(retries=1)

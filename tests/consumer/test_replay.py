@@ -16,6 +16,7 @@ from outbox.dead_letters.record import now
 from outbox.dialects import clock
 from outbox.transports import open_transport
 from tests.consumer.billing import QUICKLY, Billing, Charge, OrderPlaced, charge, placed, running, until, until_finished
+from tests.consumer.conftest import ON_EACH
 from tests.consumer.wrapped import WrappedTransport
 
 
@@ -120,6 +121,7 @@ async def test_an_async_handler_takes_replays_too(billing: Billing) -> None:
     assert sorted(billing.charges()) == [0, 1]
 
 
+@ON_EACH
 async def test_a_replay_that_fails_again_is_a_dead_letter_of_the_next_cycle(billing: Billing) -> None:
     await give_up(billing, 1)
     for cycle in (1, 2):
@@ -163,6 +165,7 @@ async def test_a_replay_has_retries_of_its_own(billing: Billing) -> None:
     assert (tries, billing.charges(), billing.rows("attempt")) == (3, [0], [])
 
 
+@ON_EACH
 async def test_replays_of_one_key_come_in_their_old_order(billing: Billing) -> None:
     await give_up(billing, 20, key="one")
     # of the first one the second life failed too, so its dead letter is the youngest
@@ -200,6 +203,7 @@ async def test_a_failing_replay_holds_up_the_replays_of_its_key_and_no_new_messa
     assert billing.charges() == [100, 0, 1, 2]
 
 
+@ON_EACH
 async def test_two_processes_that_poll_do_not_handle_a_replay_twice(billing: Billing) -> None:
     await give_up(billing, 40)
     calls: list[int] = []
@@ -243,6 +247,7 @@ async def test_a_dead_letter_that_outlived_the_inbox_is_replayed(billing: Billin
     assert billing.charges() == [0]
 
 
+@ON_EACH
 async def test_a_late_redelivery_does_not_touch_a_replay_that_waits(billing: Billing) -> None:
     consumer = broken(billing)
     message = placed(0)

@@ -12,9 +12,11 @@ from outbox import ConfigurationError, Outbox, SchemaMismatch, StoreUnavailable
 from outbox._message import new_id
 from outbox.dead_letters import DeadLetters
 from outbox.dead_letters.record import Failure
+from tests.dead_letters.conftest import ON_EACH
 from tests.dead_letters.graveyard import Graveyard
 
 
+@ON_EACH
 def test_they_are_found_by_each_condition_oldest_first(graveyard: Graveyard) -> None:
     first = graveyard.bury()
     second = graveyard.bury(consumer="shipping", topic="parcels", type="parcel.sent", key="8")

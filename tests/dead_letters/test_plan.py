@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from outbox import ConfigurationError
 from outbox.dead_letters import Plan
 from outbox.dead_letters.record import Failure
+from tests.dead_letters.conftest import ON_EACH
 from tests.dead_letters.graveyard import Graveyard
 
 
@@ -52,6 +53,7 @@ def test_later_letters_that_stay_open_are_a_hole_in_the_order(graveyard: Graveya
     assert open_(graveyard.letters.plan(consumer="billing")) == 0
 
 
+@ON_EACH
 def test_without_offsets_the_time_tells_what_is_later(graveyard: Graveyard) -> None:
     noon = dt.datetime(2026, 11, 22, 12, tzinfo=dt.UTC)
     first = graveyard.bury(created_at=noon)

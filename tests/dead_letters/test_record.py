@@ -9,9 +9,11 @@ import pytest
 from outbox._message import new_id
 from outbox.dead_letters.record import Failure, now, record, write
 from outbox.transport import Outcome
+from tests.dead_letters.conftest import ON_EACH
 from tests.dead_letters.graveyard import Graveyard
 
 
+@ON_EACH
 def test_it_is_written_once_for_a_consumer_message_and_cycle(graveyard: Graveyard) -> None:
     id = new_id()
     rows = [
@@ -44,6 +46,7 @@ def test_the_relays_dead_letter_keeps_the_message_as_it_was(graveyard: Graveyard
     assert (letter.reason, letter.exception_type, letter.exception_message) == ("rejected", None, "too large")
 
 
+@ON_EACH
 def test_the_clock_is_the_databases(graveyard: Graveyard) -> None:
     graveyard.bury()
     with graveyard.engine.connect() as connection:
@@ -60,6 +63,7 @@ def test_the_app_version_comes_from_the_environment(graveyard: Graveyard, monkey
     assert letter.app_version == "shop 4.2"
 
 
+@ON_EACH
 def test_text_that_no_database_takes_is_kept_readable(graveyard: Graveyard) -> None:
     failure = Failure.of("rejected", ValueError("nul \x00, surrogate \udc80, é"))
     id = graveyard.bury(failure)

@@ -12,9 +12,11 @@ import sqlalchemy as sa
 from outbox import ConfigurationError
 from outbox._message import bucket_of, new_id
 from outbox.dead_letters import replay as replaying
+from tests.dead_letters.conftest import ON_EACH
 from tests.dead_letters.graveyard import Graveyard
 
 
+@ON_EACH
 def test_a_consumers_dead_letter_waits_in_its_attempt_table(graveyard: Graveyard) -> None:
     message = new_id()
     id = graveyard.bury(message_id=message, partition=2, offset=99, headers='{"tenant": "a"}')
@@ -33,6 +35,7 @@ def test_a_consumers_dead_letter_waits_in_its_attempt_table(graveyard: Graveyard
     assert graveyard.rows("message") == []
 
 
+@ON_EACH
 def test_the_relays_dead_letter_goes_back_into_the_outbox(graveyard: Graveyard) -> None:
     first = graveyard.bury_unsent(10, headers='{"tenant": "a"}')
     second = graveyard.bury_unsent(9, key=None, cycle=3)
@@ -64,6 +67,7 @@ def test_only_what_is_asked_for_is_replayed(graveyard: Graveyard) -> None:
     assert [letter.id for letter in graveyard.letters.find(state="replayed")] == [wanted]
 
 
+@ON_EACH
 def test_a_limit_takes_the_oldest_a_canary(graveyard: Graveyard) -> None:
     for offset in (5, 3, 4):
         graveyard.bury(offset=offset)
@@ -103,6 +107,7 @@ def test_a_second_replay_finds_nothing(graveyard: Graveyard) -> None:
     assert len(graveyard.rows("attempt")) == len(graveyard.rows("audit")) == 1
 
 
+@ON_EACH
 def test_of_two_operators_at_once_one_replays_each(graveyard: Graveyard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replaying, "AT_ONCE", 5)
     for offset in range(60):
@@ -139,6 +144,7 @@ def test_a_replay_that_fails_in_the_middle_leaves_nothing_half_done(graveyard: G
     assert [row["cycle"] for row in graveyard.rows("inbox")] == [0]
 
 
+@ON_EACH
 def test_a_stale_attempt_row_gives_way_and_a_waiting_replay_stays(graveyard: Graveyard) -> None:
     for state, attempts in (("waiting", 2), ("replay", 1)):
         message = new_id()

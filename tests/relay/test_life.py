@@ -227,36 +227,42 @@ async def test_it_has_started_once_it_owns_buckets_and_has_reached_the_broker(da
 # ------------------------------------------------------------ the database, away
 
 
+@pytest.fixture(params=["postgresql", "mariadb"])
+def server(request: pytest.FixtureRequest) -> Database:
+    found: Database = request.getfixturevalue(f"on_{request.param}")
+    return found
+
+
 @pytest.fixture
-async def proxy(on_postgresql: Database) -> AsyncIterator[Proxy]:
-    found = Proxy(on_postgresql.url)
+async def proxy(server: Database) -> AsyncIterator[Proxy]:
+    found = Proxy(server.url)
     yield found
     await found.close()
 
 
-async def test_a_database_away_at_the_start_is_waited_for(on_postgresql: Database, proxy: Proxy) -> None:
-    ids = on_postgresql.add("k")
+async def test_a_database_away_at_the_start_is_waited_for(server: Database, proxy: Proxy) -> None:
+    ids = server.add("k")
     broker = Scripted()
-    async with running(relay(on_postgresql, broker, database=proxy.url)):
+    async with running(relay(server, broker, database=proxy.url)):
         await asyncio.sleep(0.5)
         await proxy.start()
         await eventually(lambda: broker.ids() == ids)
-        await eventually(lambda: on_postgresql.count() == 0)
+        await eventually(lambda: server.count() == 0)
 
 
-async def test_a_stop_ends_the_wait_for_a_database(on_postgresql: Database, proxy: Proxy) -> None:
+async def test_a_stop_ends_the_wait_for_a_database(server: Database, proxy: Proxy) -> None:
     loop = asyncio.get_running_loop()
-    async with running(relay(on_postgresql, Scripted(), database=proxy.url)):
+    async with running(relay(server, Scripted(), database=proxy.url)):
         await asyncio.sleep(0.3)
         begun = loop.time()
     assert loop.time() - begun < 1.5
 
 
 async def test_who_waits_for_the_start_is_told_after_some_seconds(
-    on_postgresql: Database, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    server: Database, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_relay, "PATIENCE", 0.3)
-    found = relay(on_postgresql, Scripted(), database=proxy.url)
+    found = relay(server, Scripted(), database=proxy.url)
     with pytest.raises(StoreUnavailable):
         await found.adrain()
     with pytest.raises(StoreUnavailable):
@@ -264,16 +270,14 @@ async def test_who_waits_for_the_start_is_told_after_some_seconds(
             pass
 
 
-async def test_a_database_that_goes_away_in_the_middle_costs_duplicates_at_most(
-    on_postgresql: Database, proxy: Proxy
-) -> None:
+async def test_a_database_that_goes_away_in_the_middle_costs_duplicates_at_most(server: Database, proxy: Proxy) -> None:
     await proxy.start()
     broker = Scripted()
     ids: list[str] = []
-    async with running(relay(on_postgresql, broker, database=proxy.url, lease=1)):
+    async with running(relay(server, broker, database=proxy.url, lease=1)):
         for round in range(4):
             for _ in range(5):
-                ids += on_postgresql.add(*[f"k{n}" for n in range(8)])
+                ids += server.add(*[f"k{n}" for n in range(8)])
                 await asyncio.sleep(0.01)
             if round % 2:
                 proxy.reset()
@@ -281,25 +285,25 @@ async def test_a_database_that_goes_away_in_the_middle_costs_duplicates_at_most(
                 proxy.refuse()
                 await asyncio.sleep(0.3)
                 await proxy.start()
-            await eventually(lambda: on_postgresql.count() == 0)
+            await eventually(lambda: server.count() == 0)
     assert set(broker.ids()) == set(ids)
     for key in range(8):
         of_key = ids[key::8]
         assert [id for id in broker.first_ids() if id in set(of_key)] == of_key
 
 
-async def test_a_database_that_hangs_is_survived(on_postgresql: Database, proxy: Proxy) -> None:
+async def test_a_database_that_hangs_is_survived(server: Database, proxy: Proxy) -> None:
     await proxy.start()
     broker = Scripted()
-    found = relay(on_postgresql, broker, database=proxy.url, lease=1)
+    found = relay(server, broker, database=proxy.url, lease=1)
     async with running(found):
-        ids = on_postgresql.add("a")
+        ids = server.add("a")
         await eventually(lambda: broker.ids() == ids)
         proxy.hold()
-        ids += on_postgresql.add("a")
+        ids += server.add("a")
         await eventually(lambda: not flow_of(found).leases.epochs)
         proxy.release()
-        await eventually(lambda: on_postgresql.count() == 0)
+        await eventually(lambda: server.count() == 0)
     assert broker.first_ids() == ids
 
 

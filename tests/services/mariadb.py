@@ -136,6 +136,7 @@ def write_settings(folder: Path, port: int, settings: dict[str, str]) -> Path:
     """Write the file that a server of MariaDB's or MySQL's starts with; its data will be in `folder/data`."""
     everywhere = {
         "datadir": str(folder / "data"),
+        "tmpdir": str(folder),  # a server that starts removes the temporary tables of others from a shared one
         "socket": str(folder / "socket"),
         "pid-file": str(folder / "pid"),
         "bind-address": "127.0.0.1",

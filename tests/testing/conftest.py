@@ -15,13 +15,20 @@ from tests.consumer.billing import Base
 from tests.services.fixtures import INSTALL_TIMEOUT
 from tests.staging.conftest import send_begin
 
-DATABASES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.timeout(INSTALL_TIMEOUT))]
+DATABASES = [
+    "sqlite",
+    pytest.param("postgresql", marks=pytest.mark.timeout(INSTALL_TIMEOUT)),
+]
+MARIADB = pytest.param("mariadb", marks=pytest.mark.timeout(INSTALL_TIMEOUT))
+
+ON_EACH = pytest.mark.parametrize("url", [*DATABASES, MARIADB], indirect=True)
+"""For tests of what databases do in their own way: transactions, locks, types. Others run on the usual two."""
 
 
 @pytest.fixture(params=DATABASES)
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "postgresql":
-        found: str = request.getfixturevalue("postgresql_url")
+    if request.param != "sqlite":
+        found: str = request.getfixturevalue(f"{request.param}_url")
     else:
         found = f"sqlite:///{tmp_path / 'test.db'}"
     engine = sync_engine_for(found, create=True)

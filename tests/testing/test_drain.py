@@ -14,6 +14,7 @@ from outbox import ConfigurationError, Consumer, DecodingError, Message, Transac
 from outbox._message import new_id
 from outbox.testing import Drained, drain
 from tests.consumer.billing import Charge, Charged, OrderPlaced, outbox
+from tests.testing.conftest import ON_EACH
 
 
 @pytest.fixture
@@ -48,6 +49,7 @@ def charged(session: Session) -> list[int]:
 # ---------------------------------------------------------------- drain
 
 
+@ON_EACH
 def test_what_the_transaction_holds_is_delivered_in_order(session: Session, billing: Consumer) -> None:
     for number in (3, 1, 2):
         outbox.add(session, OrderPlaced(number))
@@ -142,6 +144,7 @@ def test_a_scoped_session(connection: sa.Connection, billing: Consumer) -> None:
     scoped.remove()
 
 
+@ON_EACH
 async def test_an_async_session_drains_with_run_sync(
     async_session: AsyncSession, billing: Consumer, async_billing: Consumer
 ) -> None:
