@@ -9,11 +9,13 @@ from collections.abc import Iterator
 import django.db.utils
 import pytest
 import sqlalchemy as sa
-from django.db import connection, transaction
+from django.db import connection, migrations, transaction
+from django.db.migrations.state import ProjectState
 from django.test.utils import CaptureQueriesContext
 from sqlalchemy.orm import Session
 
-from outbox import TransactionError
+from outbox import Outbox, TransactionError
+from outbox.observe.schema import check_schema
 from tests.raw.conftest import emptied
 from tests.raw.orms import Django, DjangoOrder
 from tests.raw.shops import SYNC
@@ -166,3 +168,21 @@ def test_claims_and_cancellations(shop: Django) -> None:
     with shop.shop.engine.connect() as engine_connection:
         times = engine_connection.scalars(sa.select(inbox.c.processed_at)).all()
     assert [abs(dt.datetime.now(dt.UTC) - time) < dt.timedelta(minutes=5) for time in times] == [True, True]
+
+
+def test_the_tables_may_be_made_in_a_migration_of_django_s(shop: Django) -> None:
+    theirs = Outbox(prefix="django_outbox_")
+    words = shop.where.vendor
+    if words == "mysql" and shop.where.mysql_is_mariadb:
+        words = "mariadb"
+    operation = migrations.RunSQL(theirs.ddl(words), reverse_sql="")
+    try:
+        with shop.where.schema_editor() as editor:
+            operation.database_forwards("shop", editor, ProjectState(), ProjectState())
+        with shop.shop.engine.begin() as engine_connection:
+            check_schema(engine_connection, theirs.tables)
+        with shop.begin():
+            theirs.add(shop.where, "orders", b"a")
+        assert len(rows(shop.shop, theirs.tables.message)) == 1
+    finally:
+        theirs.metadata.drop_all(shop.shop.engine)
