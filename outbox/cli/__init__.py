@@ -48,8 +48,10 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "outbox") -> int
         return 2
     except sa.exc.DBAPIError as error:
         # the driver's words alone: SQLAlchemy's add the statement and its parameters, which are the user's data
+        from outbox.stores._run import advice
+
         what = words(error.orig or error)
-        print(f"{prog} {options.verb}: the database refuses: {what}", file=sys.stderr)
+        print(f"{prog} {options.verb}: the database refuses: {what}{advice(what)}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         return 130

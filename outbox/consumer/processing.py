@@ -25,6 +25,7 @@ from outbox.consumer.transactions import Transactions
 from outbox.dead_letters.exception_text import own_words
 from outbox.dead_letters.record import Failure, Reason
 from outbox.errors import DecodingError, Drop
+from outbox.stores._run import advice
 
 log = logging.getLogger("outbox.consumer")
 
@@ -84,7 +85,8 @@ class Database:
             return
         self._troubles += 1
         cause = getattr(trouble.__cause__, "orig", None) or trouble.__cause__ or trouble
-        self._state.database = f"{type(cause).__name__}: {words(cause)}"
+        what = words(cause)
+        self._state.database = f"{type(cause).__name__}: {what}{advice(what)}"
         log.error("the database failed, no attempt is spent; trying again: %s", self._state.database)
         self._up.clear()
         self._probe = asyncio.create_task(self._until_it_answers())

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+READ_ONLY: Final = (
+    "this server takes no writes: it is a replica, or was the primary before a fail-over. Give the address of the primary "
+    "(PostgreSQL: several hosts and target_session_attrs=read-write find it)"
+)
 TRIES: Final = 5
 GRACE: Final = 1.0  # seconds that a cancelled call waits for its thread
 
@@ -221,12 +225,21 @@ def unavailable(engine: sa.Engine | AsyncEngine, error: BaseException) -> StoreU
     """What happened, in one line, without the statement, its parameters or a password."""
     cause = getattr(error, "orig", None) or error
     what = words(cause) or type(cause).__name__
-    hint = ""
-    if "readonly database" in what:
-        hint = "; the file or its folder is not writable for this user"
-    elif "database is locked" in what:
-        hint = "; another process (a long transaction, another relay) held SQLite's write lock past the busy timeout"
-    elif engine.dialect.name == "postgresql" and what.startswith("prepared statement "):
-        hint = pooler.HINT
     # without its query, which may hold a password too
-    return StoreUnavailable(f"{engine.url.set(query={}).render_as_string(hide_password=True)}: {what}{hint}")
+    return StoreUnavailable(f"{engine.url.set(query={}).render_as_string(hide_password=True)}: {what}{advice(what)}")
+
+
+# Of what a driver says to what can be done: for messages only, nothing is decided by it.
+_ADVICE: Final = {
+    "readonly database": "the file or its folder is not writable for this user",
+    "database is locked": "another process (a long transaction, a relay) held SQLite's write lock past the busy timeout",
+    "read-only transaction": READ_ONLY,
+    "during recovery": READ_ONLY,
+    "--read-only": READ_ONLY,
+    "prepared statement ": pooler.ADVICE,
+}
+
+
+def advice(what: str) -> str:
+    """What to do about an error, where its text says that: to be put behind it."""
+    return next((f"; {advice}" for text, advice in _ADVICE.items() if text in what), "")

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 # is no one backend whose id it could be.
 BACKEND: Final = "select pg_backend_pid()"
 
-HINT: Final = (
-    "; if PgBouncer (in transaction mode) or another pooler is between, it knows no prepared statements: give your engine "
+ADVICE: Final = (
+    "if PgBouncer (in transaction mode) or another pooler is between, it knows no prepared statements: give your engine "
     "connect_args={'prepare_threshold': None} with psycopg, {'statement_cache_size': 0, 'prepared_statement_cache_size': 0} "
     "with asyncpg; a URL instead of an engine needs nothing with psycopg, ?prepared_statement_cache_size=0 with asyncpg"
 )

@@ -220,9 +220,10 @@ class PostgresqlStore:
     async def _cursor(self, line: _Line) -> psycopg.AsyncCursor[Any]:
         if line.cursor is None or line.life != self._life:
             await line.close()
-            line.life = self._life
+            life = self._life
             line.connection = await self._runner.raw_psycopg()
             line.cursor = line.connection.cursor(binary=True)
+            line.life = life
         return line.cursor
 
     async def _lost(self, line: _Line, error: BaseException) -> None:

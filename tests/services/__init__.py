@@ -18,6 +18,7 @@ from tests.services.mysql import mariadb_or_its_stand_in
 from tests.services.pgbouncer import Pgbouncer, PgbouncerServer
 from tests.services.postgresql import Postgresql, PostgresqlServer
 from tests.services.service import DatabaseServer, NotOurs, Options, Server, Service, StartFailed, Unavailable
+from tests.services.standby import Standby
 
 POSTGRESQL = Postgresql(os.environ.get("OUTBOX_TEST_POSTGRESQL_VERSION"))
 MARIADB = mariadb_or_its_stand_in(os.environ.get("OUTBOX_TEST_MARIADB"))
@@ -40,6 +41,7 @@ __all__ = [
     "PostgresqlServer",
     "Server",
     "Service",
+    "Standby",
     "StartFailed",
     "Unavailable",
 ]

@@ -26,6 +26,7 @@ from tests.services import (
     PostgresqlServer,
     Server,
     Service,
+    Standby,
     Unavailable,
 )
 
@@ -192,6 +193,12 @@ def killable_postgresql(own_servers: OwnServers, postgresql: PostgresqlServer) -
 def pgbouncer(pytestconfig: pytest.Config, postgresql: PostgresqlServer) -> Iterator[PgbouncerServer]:
     """A PgBouncer in transaction mode before the server of `postgresql`, shared by the session."""
     yield from _session(pytestconfig, Pgbouncer(postgresql.url))
+
+
+@pytest.fixture
+def standby(pytestconfig: pytest.Config, postgresql: PostgresqlServer) -> Iterator[PostgresqlServer]:
+    """A standby of the server of `postgresql`, of this test's own: it may be promoted."""
+    yield from _session(pytestconfig, Standby(postgresql))
 
 
 @pytest.fixture(scope="session")
