@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from tests.migrations.project import mysql_url
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "alembic_shop"
 WITHIN = 120  # seconds, on a loaded machine
 
@@ -107,8 +109,10 @@ def project(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Project]
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path}/shop.db"
     else:
-        driver = {"postgresql": "postgresql+psycopg", "mariadb": "mariadb+pymysql"}[request.param]
-        made = sa.make_url(request.getfixturevalue(f"{request.param}_url")).set(drivername=driver)
+        given = request.getfixturevalue(f"{request.param}_url")
+        made = (
+            mysql_url(given) if request.param == "mariadb" else sa.make_url(given).set(drivername="postgresql+psycopg")
+        )
         url = made.render_as_string(hide_password=False)
     found = Project(tmp_path, url)
     yield found

@@ -10,7 +10,11 @@ import sqlalchemy as sa
 from alembic.runtime import plugins
 
 from outbox_migrations import alembic_plugin
-from tests.migrations.project import disposing
+from tests.migrations.project import disposing, mysql_url
+
+# the names that pytest --on knows
+POSTGRES = pytest.param("postgres", id="postgresql")
+MARIA = pytest.param("maria", id="mariadb")
 
 PLUGIN = "alembic.autogenerate.outbox"
 
@@ -36,17 +40,17 @@ def postgres(postgresql_url: str) -> Iterator[sa.Engine]:
 
 @pytest.fixture
 def maria(mariadb_url: str) -> Iterator[sa.Engine]:
-    with disposing(sa.create_engine(sa.make_url(mariadb_url).set(drivername="mariadb+pymysql"))) as engine:
+    with disposing(sa.create_engine(mysql_url(mariadb_url))) as engine:
         yield engine
 
 
-@pytest.fixture(params=["sqlite", "postgres", "maria"])
+@pytest.fixture(params=["sqlite", POSTGRES, MARIA])
 def engine(request: pytest.FixtureRequest) -> sa.Engine:
     found: sa.Engine = request.getfixturevalue(request.param)
     return found
 
 
-@pytest.fixture(params=["postgres", "maria"])
+@pytest.fixture(params=[POSTGRES, MARIA])
 def server(request: pytest.FixtureRequest) -> sa.Engine:
     found: sa.Engine = request.getfixturevalue(request.param)
     return found

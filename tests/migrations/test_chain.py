@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 import outbox_migrations
 from outbox import Consumer, Outbox, Relay, SchemaMismatch
+from outbox.dialects import MYSQL
 from outbox.observe.schema import check_schema
 from outbox.storage import STORAGE
 from outbox_migrations import LATEST, migrate
@@ -120,7 +121,7 @@ def test_a_migration_that_was_cut_off_is_finished_by_the_next(
             sa.event.remove(engine, "before_cursor_execute", count)
 
     cuts = 0
-    for number in range(1, 400, 7 if engine.dialect.name == "mariadb" else 23):
+    for number in range(1, 400, 7 if engine.dialect.name in MYSQL else 23):
         try:
             cut_at(number)
         except Cut:

@@ -207,9 +207,9 @@ def test_a_plan_says_what_each_statement_locks_and_does_nothing(engine: sa.Engin
     index = said["create index outbox_dead_letter_closed_at_idx on outbox_dead_letter"]
     assert {
         "postgresql": "reads and writes go on; it waits for the transactions that are open, and nobody waits for it",
-        "mariadb": "LOCK=NONE on outbox_dead_letter: reads and writes go on",
+        "mysql": "LOCK=NONE on outbox_dead_letter: reads and writes go on",
         "sqlite": "the database's one write lock, until the commit",
-    }[engine.dialect.name] in index
+    }[engine.dialect.name.replace("mariadb", "mysql")] in index
     assert ("set storage of outbox_message" in said) == (engine.dialect.name == "postgresql")
     migrate(engine)
     with engine.connect() as connection:

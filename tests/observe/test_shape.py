@@ -11,7 +11,9 @@ import pytest
 import sqlalchemy as sa
 
 from outbox import Outbox, SchemaMismatch
+from outbox.dialects import MYSQL
 from outbox.observe.schema import check_schema
+from tests.migrations.project import mysql_url
 from tests.services.fixtures import INSTALL_TIMEOUT
 
 DATABASES = [
@@ -24,8 +26,8 @@ DATABASES = [
 def engine_on(name: str, request: pytest.FixtureRequest, folder: Path) -> sa.Engine:
     if name == "sqlite":
         return sa.create_engine(f"sqlite:///{folder}/app.db")
-    driver = {"postgresql": "postgresql+psycopg", "mariadb": "mariadb+pymysql"}[name]
-    return sa.create_engine(sa.make_url(request.getfixturevalue(f"{name}_url")).set(drivername=driver))
+    url = request.getfixturevalue(f"{name}_url")
+    return sa.create_engine(mysql_url(url) if name == "mariadb" else url.replace("postgresql:", "postgresql+psycopg:"))
 
 
 @pytest.fixture(params=DATABASES)
@@ -41,6 +43,10 @@ def postgres(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engi
     found = engine_on("postgresql", request, tmp_path)
     yield found
     found.dispose()
+
+
+def kind(engine: sa.Engine) -> str:
+    return "mariadb" if engine.dialect.name in MYSQL else engine.dialect.name
 
 
 def run(engine: sa.Engine, *statements: str) -> None:
@@ -79,7 +85,7 @@ BROKEN: dict[str, dict[str, list[str]]] = {
     },
     "outbox_message.created_at has the type": {
         "postgresql": ["alter table outbox_message alter created_at type timestamp"],
-        "mariadb": ["alter table outbox_message modify created_at datetime not null default utc_timestamp()"],
+        "mariadb": ["alter table outbox_message modify created_at datetime not null default (utc_timestamp())"],
     },
     "outbox_parked.position has the type": {
         "postgresql": ["alter table outbox_parked alter position type integer"],
@@ -131,7 +137,7 @@ NO_WAY_BACK = "outbox_message.payload has the type", "outbox_message.headers is 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_was_changed_is_named_and_what_is_said_mends_it(engine: sa.Engine, what: str) -> None:
-    statements = BROKEN[what].get(engine.dialect.name)
+    statements = BROKEN[what].get(kind(engine))
     if statements is None:
         return  # this database does not let anybody do that
     run(engine, *statements)
@@ -213,7 +219,7 @@ HARMLESS = {
 
 
 def test_what_does_no_harm_is_not_said(engine: sa.Engine) -> None:
-    for statement in HARMLESS[engine.dialect.name]:
+    for statement in HARMLESS[kind(engine)]:
         run(engine, statement)
         if "drop " not in statement:  # what comes next makes up for it
             fine(engine)
