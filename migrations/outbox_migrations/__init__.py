@@ -109,7 +109,8 @@ def downgrade(
         _remember(op, place, target)
         return
     online = Online(op.get_bind)
-    for _, operations in _downwards(place, version_in(op.get_bind(), tables, LATEST), target):
+    first = version_in(op.get_bind(), tables, LATEST, drop=target == 0)
+    for _, operations in _downwards(place, first, target):
         online.carry_out(operations)
 
 
@@ -142,16 +143,21 @@ def migrate(
     """
     target = LATEST if to is None else _known(to)
     tables = tables_for(sa.MetaData(), schema, prefix)
+    if not isinstance(where, (sa.Engine, sa.Connection)):
+        raise ConfigurationError(
+            f"migrate takes a sync Engine or Connection, not {type(where).__name__}; with an AsyncEngine: "
+            "async with engine.begin() as connection: await connection.run_sync(outbox_migrations.migrate)"
+        )
     if isinstance(where, sa.Engine):
         with alone(where, tables, patience) as (connection, commit, outside):
             require_schema(connection, tables)
-            first = version_in(connection, tables, LATEST)
+            first = version_in(connection, tables, LATEST, drop=target == 0)
             # SQLite has one writer anyway; new tables of PostgreSQL appear all together
             whole = where.dialect.name == "sqlite" or (first == 0 and where.dialect.name == "postgresql")
             online = Online(lambda: connection, patience=patience, outside=outside, commit=None if whole else commit)
             return _migrate(online, connection, tables.schema, prefix, first, target, downgrade)
     with begin_alone(where, tables, patience):
-        first = version_in(where, tables, LATEST)
+        first = version_in(where, tables, LATEST, drop=target == 0)
         online = Online(lambda: where, patience=patience)
         return _migrate(online, where, tables.schema, prefix, first, target, downgrade)
 
@@ -171,7 +177,7 @@ def plan(
     target = LATEST if to is None else _known(to)
     tables = tables_for(sa.MetaData(), schema, prefix)
     require_schema(connection, tables)
-    first = version_in(connection, tables, LATEST, seed=False)
+    first = version_in(connection, tables, LATEST, seed=False, drop=target == 0)
     place = Place(connection.dialect.name, tables.schema, prefix)
     steps = _upwards(place, first, target) if target >= first else _downwards(place, first, target)
     found = [

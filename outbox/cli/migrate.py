@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from outbox.cli._common import exit_status, outbox_of, outbox_options
+from outbox.cli._common import exit_status, outbox_of, outbox_options, positive
 from outbox.errors import ConfigurationError
 from outbox.stores._run import unavailable
 from outbox.stores.engine import database_url, is_engine, require_file, sync_engine_for
@@ -28,7 +28,7 @@ def register(commands: Any) -> None:
         "--downgrade", action="store_true", help="allow a --to below; 0 drops all that is in the tables"
     )
     parser.add_argument(
-        "--patience", type=float, default=60.0, metavar="SECONDS", help="how long to try for a lock (default: 60)"
+        "--patience", type=positive, default=60.0, metavar="SECONDS", help="how long to try for a lock (default: 60)"
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="say what would be done and what each step locks")

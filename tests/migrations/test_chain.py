@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from sqlalchemy.ext.asyncio import create_async_engine
 
 import outbox_migrations
-from outbox import Consumer, Outbox, Relay, SchemaMismatch
+from outbox import ConfigurationError, Consumer, Outbox, Relay, SchemaMismatch
 from outbox.dialects import MYSQL
+from outbox.observe import schema
 from outbox.observe.schema import check_schema
 from outbox.storage import STORAGE
 from outbox_migrations import LATEST, migrate
+from outbox_migrations import _online as online
 from tests.migrations.older import Older
 from tests.migrations.project import Project, differences
 from tests.migrations.test_revisions import run_script
+from tests.relay.running import QUICK, eventually, running
+from tests.relay.scripted import Scripted
 
 
 def drain(engine: sa.Engine, outbox: Outbox) -> int:
@@ -96,16 +105,14 @@ def test_one_version_back_and_forth_loses_nothing(engine: sa.Engine) -> None:
     assert (older.version(), older.counts()) == (str(LATEST), before)
 
 
-def test_a_migration_that_was_cut_off_is_finished_by_the_next(
-    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_migration_that_was_cut_off_is_finished_by_the_next(engine: sa.Engine) -> None:
     """Cut before each statement in turn. On MySQL, which commits each by itself, half of the tables are there; on the
     others nothing of that transaction."""
 
     class Cut(Exception):
         pass
 
-    def cut_at(number: int) -> None:
+    def cut_at(number: int, options: dict[str, Any]) -> None:
         seen = 0
 
         def count(*_: object) -> None:
@@ -116,19 +123,25 @@ def test_a_migration_that_was_cut_off_is_finished_by_the_next(
 
         sa.event.listen(engine, "before_cursor_execute", count)
         try:
-            migrate(engine)
+            migrate(engine, **options)
         finally:
             sa.event.remove(engine, "before_cursor_execute", count)
 
     cuts = 0
     for number in range(1, 400, 7 if engine.dialect.name in MYSQL else 23):
         try:
-            cut_at(number)
+            cut_at(number, {})
         except Cut:
             cuts += 1
             continue
         break
     assert cuts > 5
+    for number in (3, 9, 15, 21, 27):  # and back, cut as well
+        with suppress(Cut):
+            cut_at(number, {"to": 0, "downgrade": True})
+    migrate(engine, to=0, downgrade=True)
+    assert sa.inspect(engine).get_table_names() == []
+    migrate(engine)
     with engine.connect() as connection:
         check_schema(connection, Outbox().tables)
         assert differences(connection, Outbox().metadata) == []
@@ -209,3 +222,73 @@ def settings(connection: sa.Connection) -> dict[str, dict[str, str]]:
         | {f"toast.{name}": value for name, value in (option.split("=", 1) for option in row.toast or ())}
         for row in rows
     }
+
+
+async def test_an_old_relay_that_is_running_goes_on_while_the_tables_are_upgraded(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has compared versions at its start. A step only adds, so that it half-works at no time."""
+    older = Older(engine)
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", 1)
+    monkeypatch.setattr(schema, "differences", lambda *_: [])
+    broker = Scripted()
+    async with running(Relay(Outbox(), database=engine, transport=broker, limits=QUICK)) as relay:
+        await asyncio.to_thread(older.add, "before")
+        await eventually(lambda: len(broker.stored) == 1)
+        monkeypatch.undo()
+        await asyncio.to_thread(migrate, engine)
+        assert older.version() == str(LATEST)
+        for n in range(5):
+            await asyncio.to_thread(older.add, f"after-{n}")
+        await eventually(lambda: len(broker.stored) == 6)
+        await eventually(lambda: relay.counts.sent == 6)
+    assert older.counts()["message"] == 0
+
+
+async def test_alembic_on_an_async_engine(postgresql_url: str, postgres: sa.Engine) -> None:
+    older = Older(postgres)
+    before = older.fill()
+    engine = create_async_engine(postgresql_url.replace("postgresql:", "postgresql+asyncpg:"))
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(online, "SMALL", 0)
+
+    def run(connection: sa.Connection) -> None:
+        context = MigrationContext.configure(connection)
+        with context.begin_transaction():
+            outbox_migrations.upgrade(Operations(context), to=2)
+
+    async with engine.connect() as connection:
+        await connection.run_sync(run)
+    await engine.dispose()
+    monkeypatch.undo()
+    assert (older.version(), older.counts()) == (str(LATEST), before)
+    with postgres.connect() as connection_:
+        check_schema(connection_, Outbox().tables)
+
+
+def test_an_async_engine_is_refused_with_what_to_write() -> None:
+    engine: Any = create_async_engine("postgresql+asyncpg://x/y")
+    with pytest.raises(ConfigurationError, match=r"not AsyncEngine; .*run_sync"):
+        migrate(engine)
+
+
+@pytest.mark.parametrize("name", ["App", "order", "a$b"])
+def test_a_schema_whose_name_is_quoted(postgres: sa.Engine, name: str) -> None:
+    with postgres.begin() as connection:
+        connection.execute(sa.schema.CreateSchema(name))
+    older = Older(postgres, schema=name)
+    before = older.fill()
+    migrate(postgres, schema=name)
+    assert older.counts() == before
+    outbox = Outbox(schema=name)
+    with postgres.begin() as connection:
+        check_schema(connection, outbox.tables)
+        connection.execute(sa.text(f'drop index "{name}".outbox_sent_id_idx'))
+    with postgres.begin() as connection, pytest.raises(SchemaMismatch, match=r"lacks an index on \(id\)") as caught:
+        check_schema(connection, outbox.tables)
+    mend = str(caught.value).partition("To mend: ")[2].partition(". Then")[0]
+    with postgres.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(sa.text(mend))
+        check_schema(connection, outbox.tables)
+    migrate(postgres, schema=name, to=0, downgrade=True)
+    assert sa.inspect(postgres).get_table_names(schema=name) == []

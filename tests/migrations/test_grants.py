@@ -18,6 +18,7 @@ from outbox.observe.status import status
 from outbox.relay import _relay
 from outbox_migrations import grants, migrate
 from outbox_migrations._grants import USES, statement
+from tests.cli.command import quick
 from tests.migrations.uses import Uses
 
 SOME = 1  # privileges of a use that are taken away by default; OUTBOX_TEST_ALL_GRANTS=1: each
@@ -144,6 +145,9 @@ def test_status_says_that_it_cannot_see_transactions_of_other_roles(roles: Roles
             found = status(connection, tables).transactions
             assert found is not None
             assert (found.seen, found.oldest) == (False, None)
+        url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        schema = ("--schema", tables.schema) if tables.schema else ()
+        assert "transactions of other roles cannot be seen" in quick("status", "--database", url, *schema).out
 
 
 def pid(connection: sa.Connection) -> int:
