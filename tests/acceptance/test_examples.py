@@ -118,6 +118,19 @@ def flask_shop(tmp_path: Path) -> Iterator[Shop]:
 
 
 @pytest.fixture
+def django_shop(tmp_path: Path) -> Iterator[Shop]:
+    shop = Shop(
+        "django_shop",
+        tmp_path,
+        DJANGO_SETTINGS_MODULE="shop.settings",
+        OUTBOX_DATABASE="sqlite:///shop.db",
+        OUTBOX_TRANSPORT="local:broker.db",
+    )
+    yield shop
+    shop.close()
+
+
+@pytest.fixture
 def fastapi_shop(tmp_path: Path) -> Iterator[Shop]:
     shop = Shop(
         "fastapi_shop", tmp_path, OUTBOX_DATABASE="sqlite+aiosqlite:///shop.db", OUTBOX_TRANSPORT="local:broker.db"
@@ -157,6 +170,23 @@ def test_the_flask_shop_charges_for_an_order(flask_shop: Shop) -> None:
         "flask --app shop run": -signal.SIGTERM,  # the development server knows no other end
         "flask --app shop outbox relay": 0,
         "flask --app shop outbox consume shop.billing:billing": 0,
+    }
+
+
+def test_the_django_shop_charges_for_an_order(django_shop: Shop) -> None:
+    shop = django_shop
+    shop.run("python -m django migrate")
+    shop.start("python -m django runserver --noreload", f"127.0.0.1:{shop.port}")
+    shop.start("outbox relay --app shop.messaging:outbox")
+    shop.start("outbox consume shop.billing:billing")
+    assert shop.order() == "12.50"
+    status = json.loads(shop.run("outbox status --app shop.messaging:outbox", "--json"))
+    assert (status["pending"], status["dead_letters"], status["inbox"]) == (0, 0, 1)
+    assert shop.client.post("/orders", json={**ORDER, "total": "much"}).status_code == 400
+    assert shop.stop() == {
+        "python -m django runserver --noreload": -signal.SIGTERM,  # the development server knows no other end
+        "outbox relay --app shop.messaging:outbox": 0,
+        "outbox consume shop.billing:billing": 0,
     }
 
 
