@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.services import KAFKA, POSTGRESQL, Options
+from outbox.stores.engine import sync_engine_for
+from tests.services import KAFKA, MARIADB, POSTGRESQL, Options
 
 PRODUCTION = Options(like_production=True)
 
@@ -16,6 +17,21 @@ def postgresql() -> Iterator[str]:
     server = POSTGRESQL.obtain(PRODUCTION)
     try:
         yield server.create_database().replace("postgresql://", "postgresql+psycopg://", 1)
+    finally:
+        server.close()
+
+
+@contextmanager
+def mariadb() -> Iterator[str]:
+    """The URL of a fresh database, ``mysql://…``. Its buffer pool holds a million rows of a benchmark."""
+    server = MARIADB.obtain(PRODUCTION)
+    try:
+        url = server.create_database()
+        engine = sync_engine_for(url)
+        with engine.connect() as connection:
+            connection.exec_driver_sql("set global innodb_buffer_pool_size = 1073741824")
+        engine.dispose()
+        yield url
     finally:
         server.close()
 

@@ -19,14 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import aiosqlite
+import asyncmy
 import psycopg
+import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from benchmarks import relay, transactions
 from benchmarks.figures import Report
-from benchmarks.servers import postgresql
+from benchmarks.servers import mariadb, postgresql
 from outbox import Outbox
 from outbox.store import Store
+from outbox.stores import mysql as mysql_store
 from outbox.stores import open_store
 from outbox.stores import postgresql as postgresql_store
 from outbox.stores import sqlite as sqlite_store
@@ -93,7 +96,7 @@ class OnPostgresql(Bench):
     async def _bare(self, rows: int) -> float:
         table = "outbox_message"
         read = postgresql_store.READ.format(message=table).format(and_="")
-        settle = postgresql_store.SETTLE.format(message=table)
+        settle = postgresql_store.SETTLE_RANGES.format(message=table) + postgresql_store.RANGE
         async with await psycopg.AsyncConnection.connect(
             self.url.replace("+psycopg", ""), autocommit=True, prepare_threshold=None
         ) as connection:
@@ -103,9 +106,65 @@ class OnPostgresql(Bench):
                 await cursor.execute(read, {"start": last, "limit": BATCH})  # type: ignore[arg-type]
                 found = await cursor.fetchall()
                 last = found[-1][0]
-                await cursor.execute(settle, ([row[0] for row in found],))  # type: ignore[arg-type]
+                await cursor.execute(settle, (found[0][0], last))  # type: ignore[arg-type]
                 left -= cursor.rowcount
             return time.perf_counter() - start
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        with self.engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+            connection.exec_driver_sql("select count(*) from outbox_message")
+            yield
+
+
+FILL_MARIADB = """
+insert into outbox_message (id, bucket, topic, `key`, type, payload, content_type, headers)
+select lower(insert(insert(insert(insert(concat('018f3c1e7c1a7000', lpad(hex(seq), 16, '0')), 9, 0, '-'), 14, 0, '-'), 19, 0,
+       '-'), 24, 0, '-')), mod(mod(seq, 1000), 64), 'orders', concat('k', mod(seq, 1000)), 'order.placed',
+       repeat('x', 200), 'application/json',
+       '{{"traceparent":"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}}'
+from seq_1_to_{rows}
+"""
+
+
+class OnMariadb(Bench):
+    name, reference = "mariadb", "bare_asyncmy"
+
+    def fill(self, rows: int) -> None:
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("truncate table outbox_message")
+            connection.exec_driver_sql(FILL_MARIADB.format(rows=rows))
+            connection.exec_driver_sql("analyze table outbox_message").all()
+
+    def bare(self, rows: int) -> float:
+        return asyncio.run(self._bare(rows))
+
+    async def _bare(self, rows: int) -> float:
+        read = mysql_store.READ.format(message="outbox_message", where="", limit=BATCH)
+        url = sa.make_url(self.url)
+        connection = await asyncmy.connect(
+            host=url.host, port=url.port, user=url.username, password=url.password or "", db=url.database,
+            charset="utf8mb4", autocommit=True,
+        )  # fmt: skip
+        try:
+            async with connection.cursor() as cursor:
+                for statement in (*mysql_store.QUIETLY, mysql_store.LISTS_STAY_LISTS):
+                    await cursor.execute(statement)
+                start, left = time.perf_counter(), rows
+                while left:
+                    await cursor.execute(read)
+                    found = await cursor.fetchall()
+                    await cursor.execute(
+                        mysql_store.SETTLE.format(
+                            message="outbox_message",
+                            positions=",".join([str(row[0]) for row in found]),
+                            ids="'" + "','".join([row[1] for row in found]) + "'",
+                        )
+                    )
+                    left -= cursor.rowcount
+                return time.perf_counter() - start
+        finally:
+            connection.close()
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -226,8 +285,8 @@ class OnAiosqlite(OnSqlite):
 
 async def connect(store: Store) -> None:
     """What is made once is not a row's."""
-    await store.read([], (), (), 1)
-    await store.settle([])
+    (row,) = await store.read(None, (), (), 1)
+    await store.settle([row._replace(position=-1)])
     store.rewind()
 
 
@@ -325,16 +384,13 @@ def run(report: Report, *, repeat: int, scale: float) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="outbox-bench-")))
         server = stack.enter_context(postgresql())
-        benches: list[Bench] = [
-            OnPostgresql(server),
-            OnSqlite(folder),
-            OnSqliteFromAThread(folder),
-            OnAiosqlite(folder),
-        ]
+        other_server = stack.enter_context(mariadb())
+        benches: list[Bench] = [OnPostgresql(server), OnMariadb(other_server), OnSqlite(folder)]
+        benches += [OnSqliteFromAThread(folder), OnAiosqlite(folder)]
         for bench in benches:
             stack.callback(bench.close)
             suffix = ".from_a_thread" if isinstance(bench, OnSqliteFromAThread) else ""
             read_delete(report, bench, repeat, rows, f"stores.{bench.name}.read_delete{suffix}")
-        for bench in benches[:2]:
+        for bench in benches[:3]:
             backlogs(report, bench, max(1, repeat // 2), scale)
-        transactions.run(report, server, folder, repeat=repeat, scale=scale)
+        transactions.run(report, server, other_server, folder, repeat=repeat, scale=scale)

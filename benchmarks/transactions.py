@@ -100,11 +100,13 @@ class Way:
     sync_url: str
 
 
-def ways(server: str, folder: Path) -> list[Way]:
+def ways(server: str, other_server: str, folder: Path) -> list[Way]:
     file = folder / "transactions.db"
     return [
         Way("psycopg", server, server),
         Way("asyncpg", server.replace("+psycopg", "+asyncpg"), server),
+        Way("pymysql", other_server, other_server),
+        Way("asyncmy", other_server.replace("mysql:", "mysql+asyncmy:"), other_server),
         Way("sqlite3", f"sqlite:///{file}", f"sqlite:///{file}"),
         Way("aiosqlite", f"sqlite+aiosqlite:///{file}", f"sqlite:///{file}"),
     ]
@@ -250,10 +252,11 @@ def client() -> None:
     print(sum(counts))
 
 
-def run(report: Report, server: str, folder: Path, *, repeat: int, scale: float) -> None:
-    for way in ways(server, folder):
+def run(report: Report, server: str, other_server: str, folder: Path, *, repeat: int, scale: float) -> None:
+    for way in ways(server, other_server, folder):
         one_client(report, way, repeat, max(2, round(20 * scale)))
-    sixteen_clients(report, "postgresql", server, repeat, max(1.0, SECONDS * scale))
+    for name, url in (("postgresql", server), ("mariadb", other_server)):
+        sixteen_clients(report, name, url, repeat, max(1.0, SECONDS * scale))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from outbox._message import Outgoing
 from outbox._refusals import is_undone
 from outbox.stores._run import Runner, unavailable
 from outbox.stores.engine import quiet
+from outbox.stores.runs import runs
 from outbox.tables import Tables
 
 if TYPE_CHECKING:
@@ -150,23 +151,12 @@ class _Line:
 def _without(in_flight: Collection[int]) -> Iterator[str]:
     if not in_flight:
         return
-    runs = list(_runs(sorted(in_flight)))
-    if len(runs) > RUNS:
+    ranges = list(runs(in_flight))
+    if len(ranges) > RUNS:
         yield NOT_IN.format(positions=_numbers(in_flight))
         return
-    for first, last in runs:
+    for first, last in ranges:
         yield BETWEEN.format(first=first, last=last)
-
-
-def _runs(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The runs of whole numbers, each of which is there: of 4, 5, 6, 9 they are 4 to 6 and 9 to 9."""
-    first = last = positions[0]
-    for position in positions:
-        if position > last + 1:
-            yield first, last
-            first = position
-        last = position
-    yield first, last
 
 
 def _numbers(numbers: Iterable[int]) -> str:

@@ -13,6 +13,7 @@ from sqlalchemy.dialects import postgresql
 
 from outbox._message import Outgoing
 from outbox.stores._run import Runner, Scope, unavailable
+from outbox.stores.runs import runs
 from outbox.tables import Tables
 
 if TYPE_CHECKING:
@@ -39,7 +40,11 @@ WITHOUT_IN_FLIGHT: Final = " and position <> all(%(in_flight)s::bigint[])"
 OF_BUCKETS: Final = " and bucket = any(%(buckets)s::smallint[])"
 WITHOUT_TOPICS: Final = " and topic <> all(%(without_topics)s::text[])"
 
-# By the primary key.
+# By the primary key. By ranges where there are few: half the work, a tenth more messages of a relay to Kafka. A range holds
+# nothing but what is settled (`runs`): by lowest and highest position, a row that was committed late would go unsent.
+SETTLE_RANGES: Final = "delete from {message} where "
+RANGE: Final = "position between %s and %s"
+RANGES: Final = 16
 SETTLE: Final = "delete from {message} where position = any(array(select unnest(%s::bigint[])))"
 # The same, for a connection that a pooler keeps open while the server behind it is replaced: by then another message may
 # have the position. Costs 1 µs more a row. One text, since psycopg takes as long for a list of texts as the server for the
@@ -135,6 +140,7 @@ class PostgresqlStore:
         name = str(name).replace("%", "%%")
         self._read_sql = READ.format(message=name)
         self._settle_sql = SETTLE.format(message=name)
+        self._settle_ranges_sql = SETTLE_RANGES.format(message=name)
         self._settle_by_id_sql = SETTLE_BY_ID.format(message=name)
         self._reader, self._settler = _Line(), _Line()
         self._life = 1
@@ -192,20 +198,27 @@ class PostgresqlStore:
         return list(map(_outgoing, rows))
 
     async def settle(self, rows: Sequence[Outgoing]) -> int:
-        positions = [row.position for row in rows]
         try:
             async with self._settler.turn:
                 cursor = await self._cursor(self._settler)
-                if cursor.connection.prepare_threshold is not None:
-                    sql: Any = self._settle_sql  # ours, and the name is checked: psycopg types ask for a literal
-                    await cursor.execute(sql, (positions,), prepare=False)
-                else:
-                    sql = self._settle_by_id_sql
-                    await cursor.execute(sql, (positions, " ".join([row.id for row in rows])), prepare=False)
+                pooled = cursor.connection.prepare_threshold is None
+                statement, parameters = self._settlement(rows, by_id=pooled)
+                await cursor.execute(statement, parameters, prepare=False)
         except BaseException as error:
             await self._lost(self._settler, error)
             raise
         return cursor.rowcount
+
+    def _settlement(self, rows: Sequence[Outgoing], *, by_id: bool) -> tuple[Any, list[Any]]:
+        # Any: ours, and the name is checked, but psycopg types ask for a literal
+        positions = [row.position for row in rows]
+        if by_id:
+            return self._settle_by_id_sql, [positions, " ".join([row.id for row in rows])]
+        ranges = list(runs(positions))
+        if 0 < len(ranges) <= RANGES:
+            ends = [end for both in ranges for end in both]
+            return self._settle_ranges_sql + " or ".join([RANGE] * len(ranges)), ends
+        return self._settle_sql, [positions]
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
         return await self._runner.run(work)

@@ -219,6 +219,25 @@ async def test_a_late_commit_comes_before_what_was_committed_after_it(
     await store.close()
 
 
+async def test_a_late_commit_inside_a_range_that_is_settled_is_read_afterwards(
+    store: PostgresqlStore, on_postgresql: Database
+) -> None:
+    with on_postgresql.open_transaction() as slow:
+        on_postgresql.add(*[f"quick-{n}" for n in range(10)])
+        on_postgresql.add("slow", connection=slow)
+        on_postgresql.add(*[f"quick-{n}" for n in range(10, 20)])
+        rows = await store.read(None, (), (), 100)
+        assert [row.key for row in rows] == [f"quick-{n}" for n in range(20)]
+        slow.get_transaction().commit()  # type: ignore[union-attr]
+        assert await store.settle(rows) == 20
+    (late,) = await store.read(None, (), (), 100)
+    assert late.key == "slow"
+    assert rows[9].position < late.position < rows[10].position
+    assert await store.settle([late]) == 1
+    assert on_postgresql.count() == 0
+    await store.close()
+
+
 async def test_a_page_that_is_full_moves_the_floor_only_to_its_end(
     store: PostgresqlStore, on_postgresql: Database
 ) -> None:

@@ -136,6 +136,21 @@ async def test_settling_removes_what_was_named_and_tells_how_many(store: Store, 
     assert await store.settle([]) == 0
 
 
+@pytest.mark.parametrize("gaps", [1, 40])
+async def test_a_row_that_comes_late_between_those_that_are_settled_stays(
+    store: Store, database: Database, gaps: int
+) -> None:
+    for position in range(0, 3 * gaps, 3):  # two of three
+        database.add("soon", position=100 + position)
+        database.add("soon", position=102 + position)
+    rows = await store.read(None, (), (), 1000)
+    for position in range(0, 3 * gaps, 3):
+        database.add("late", position=101 + position)
+    assert await store.settle(rows) == 2 * gaps
+    store.rewind()
+    assert await read(store) == ["late"] * gaps
+
+
 async def test_rows_with_positions_of_someone_elses_choice_are_read(
     store: Store, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
