@@ -18,11 +18,13 @@ from psycopg import _connection_base
 
 from tests.relay.database import Database
 
+ALIASES = {"earlier": "outbox_attempt"}  # which plans of SQLite and MySQL name instead of their table
+
 
 @dataclass
 class Scan:
     """One table in one statement's plan. ``whole``: from one end of the table or of an index to the other. ``looked_at``:
-    rows, those it threw away included; None on SQLite, where `Statement.work` tells."""
+    rows, those it threw away included; None on SQLite, where `Statement.work` tells; on MySQL those of the statement."""
 
     table: str
     how: str
@@ -47,7 +49,12 @@ def watched(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
     """The statements that end meanwhile on connections that are made meanwhile, to `watched_url`."""
     statements: list[Statement] = []
     with monkeypatch.context() as patch:
-        yield from {"postgresql": _on_postgresql, "sqlite": _on_sqlite}[database.name](database, patch, statements)
+        how = {"postgresql": _on_postgresql, "sqlite": _on_sqlite, "mysql": _on_mysql}
+        yield from how[dialect(database)](database, patch, statements)
+
+
+def dialect(database: Database) -> str:
+    return "mysql" if database.name == "mariadb" else database.name
 
 
 def watched_url(database: Database) -> str:
@@ -125,4 +132,33 @@ def _on_sqlite(database: Database, patch: pytest.MonkeyPatch, statements: list[S
             for row in plan:
                 if match := re.match(r"(SCAN|SEARCH) (\w+)(?: USING (.*))?", row[-1]):
                     how, table, index = match.groups()
-                    statement.scans.append(Scan(table, f"{how} by {index}", how == "SCAN"))
+                    statement.scans.append(Scan(ALIASES.get(table, table), f"{how} by {index}", how == "SCAN"))
+
+
+# ------------------------------------------------------------ MySQL and MariaDB: the log of slow statements, explained
+
+
+def _on_mysql(database: Database, _: pytest.MonkeyPatch, statements: list[Statement]) -> Iterator[list[Statement]]:
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for setting in ("log_output = 'TABLE'", "long_query_time = 0", "slow_query_log = 1"):
+            connection.exec_driver_sql(f"set global {setting}")
+        connection.exec_driver_sql("truncate table mysql.slow_log")
+        try:
+            yield statements
+        finally:
+            for setting in ("slow_query_log = 0", "long_query_time = 10"):
+                connection.exec_driver_sql(f"set global {setting}")
+        log = connection.exec_driver_sql(
+            "select sql_text, rows_examined from mysql.slow_log where db = database()"
+        ).all()
+        connection = connection.execution_options(no_parameters=True)
+        for text, examined in log:
+            text = text.decode() if isinstance(text, bytes) else text
+            if "outbox_" not in text or not re.match(r"\s*(select|insert|update|delete|with)\b", text, re.IGNORECASE):
+                continue
+            statements.append(Statement(text))
+            for row in connection.exec_driver_sql(f"explain {text}").mappings():
+                if int(row["rows"] or 0):  # else nothing is read: the row that an INSERT writes
+                    table = ALIASES.get(row["table"], row["table"])
+                    whole = row["type"] == "ALL"
+                    statements[-1].scans.append(Scan(table, f"{row['type']} by {row['key']}", whole, examined))

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from outbox._message import Outgoing
 from outbox.backoff import Backoff
 from outbox.consumer import runtime
+from outbox.consumer.attempts import Attempts
 from outbox.relay import Limits, Relay, _relay
 from outbox.stores import open_store
 from outbox.transport import Outcome
@@ -27,7 +28,7 @@ from tests.consumer.billing import running as consuming
 from tests.relay.database import Database, key_in_bucket, row
 from tests.relay.running import eventually, running
 from tests.relay.scripted import Scripted
-from tests.stores.planned import Statement, watched, watched_url
+from tests.stores.planned import Statement, dialect, watched, watched_url
 
 BIG = ("message", "scheduled", "parked", "inbox", "attempt", "dead_letter")
 LONG = bool(os.environ.get("OUTBOX_TEST_LONG"))  # a million rows in each of them, which takes a minute more
@@ -37,13 +38,17 @@ MOST = (
 )
 MOST_WORK = 1_000_000  # steps of SQLite's for that
 
-# Sources of n = 1, 2, …, {rows}; a UUID and a moment after tomorrow, by n.
+# Sources of n = 1, 2, …, {rows}; a UUID and a moment after tomorrow, by n; the others by their names.
+DIGITS = " union all ".join(f"select {digit} as d" for digit in range(10))
 WORDS = {
     "postgresql": {
         "numbers": "generate_series(1, {rows}) numbers (n)",
         "uuid": "lpad(to_hex(n), 32, '0')::uuid",
         "later": "now() + interval '1 day' + n * interval '1 ms'",
         "bytes": "'x'::bytea",
+        "of_thousand": "'k' || (n % 1000)",
+        "of_ten": "'parked-' || (n / 10)",
+        "key": "key",
     },
     "sqlite": {
         "numbers": "(with recursive numbers (n) as (select 1 union all select n + 1 from numbers where n < {rows})"
@@ -51,20 +56,34 @@ WORDS = {
         "uuid": "printf('%032x', n)",
         "later": "strftime('%Y-%m-%d %H:%M:%f000', 'now', '+1 day', (n / 1000) || ' seconds')",
         "bytes": "x'78'",
+        "of_thousand": "'k' || (n % 1000)",
+        "of_ten": "'parked-' || (n / 10)",
+        "key": "key",
+    },
+    "mysql": {
+        "numbers": "(select 1 + a.d + 10 * b.d + 100 * c.d + 1000 * e.d + 10000 * f.d + 100000 * g.d as n"
+        + f" from ({DIGITS}) a, ({DIGITS}) b, ({DIGITS}) c, ({DIGITS}) e, ({DIGITS}) f, ({DIGITS}) g"
+        + " having n <= {rows}) numbers",
+        "uuid": "concat('00000000-0000-4000-8000-', lpad(hex(n), 12, '0'))",
+        "later": "utc_timestamp(6) + interval 1 day + interval n * 1000 microsecond",
+        "bytes": "x'78'",
+        "of_thousand": "concat('k', n % 1000)",
+        "of_ten": "concat('parked-', n div 10)",
+        "key": "`key`",
     },
 }
 FILL = {
-    "message": "(id, bucket, topic, key, type, payload)"
-    " select {uuid}, n % 64, 'orders', 'k' || (n % 1000), 'order.placed', {bytes} from {numbers}",
-    "scheduled": "(id, bucket, topic, key, payload, deliver_at)"
-    " select {uuid}, n % 64, 'orders', 'k' || (n % 1000), {bytes}, {later} from {numbers}",
+    "message": "(id, bucket, topic, {key}, type, payload)"
+    " select {uuid}, n % 64, 'orders', {of_thousand}, 'order.placed', {bytes} from {numbers}",
+    "scheduled": "(id, bucket, topic, {key}, payload, deliver_at)"
+    " select {uuid}, n % 64, 'orders', {of_thousand}, {bytes}, {later} from {numbers}",
     # keys of ten, each with its head
-    "parked": "(position, id, bucket, topic, key, payload, created_at, role, next_attempt_at)"
-    " select -n, {uuid}, 32 + n % 32, 'orders', 'parked-' || (n / 10), {bytes}, {later},"
+    "parked": "(position, id, bucket, topic, {key}, payload, created_at, role, next_attempt_at)"
+    " select -n, {uuid}, 32 + n % 32, 'orders', {of_ten}, {bytes}, {later},"
     " case n % 10 when 9 then 'head' else 'behind' end, {later} from {numbers}",
     "inbox": "(consumer, message_id, outcome) select 'billing', {uuid}, 'done' from {numbers}",
-    "attempt": "(consumer, message_id, topic, key, sequence, state, next_attempt_at, payload)"
-    " select 'billing', {uuid}, 'orders', 'k' || (n % 1000), n, 'replay', {later}, {bytes} from {numbers}",
+    "attempt": "(consumer, message_id, topic, {key}, sequence, state, next_attempt_at, payload)"
+    " select 'billing', {uuid}, 'orders', {of_thousand}, n, 'replay', {later}, {bytes} from {numbers}",
     "dead_letter": "(id, consumer, message_id, cycle, topic, reason, fingerprint, attempts, state)"
     " select {uuid}, 'billing', {uuid}, 0, 'orders', 'rejected', 'f', 1, 'discarded' from {numbers}",
 }
@@ -72,18 +91,24 @@ FILL = {
 
 def fill(database: Database, rows: Mapping[str, int]) -> None:
     with database.engine.begin() as connection:
+        if dialect(database) == "mysql":
+            connection.exec_driver_sql("set sql_log_bin = 0")  # nobody reads it, and it is half of the work
         for name, count in rows.items():
-            words = {word: text.format(rows=count) for word, text in WORDS[database.name].items()}
+            words = {word: text.format(rows=count) for word, text in WORDS[dialect(database)].items()}
             statement = f"insert into outbox_{name} " + FILL[name].format(**words)
             connection.execution_options(no_parameters=True).exec_driver_sql(statement)
 
 
 def analyze(database: Database) -> None:
     with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql("vacuum analyze" if database.name == "postgresql" else "analyze")
+        if dialect(database) == "mysql":
+            tables = ", ".join(f"outbox_{name}" for name in BIG)
+            connection.exec_driver_sql(f"analyze table {tables}").all()
+        else:
+            connection.exec_driver_sql("vacuum analyze" if database.name == "postgresql" else "analyze")
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
 def database(request: pytest.FixtureRequest) -> Database:
     found: Database = request.getfixturevalue(f"on_{request.param}")
     if found.name == "postgresql":
@@ -131,7 +156,6 @@ class Work:
         """Until all that can happen has: sent, parked and tried again, given up, moved because it is due, left out because
         its topic is away; and so many of the others are sent."""
         database, tables = self.database, self.tables
-        dead = database.count("dead_letter")
         far = dt.datetime(2100, 1, 1, tzinfo=dt.UTC)
         for peer in range(peers):
             values = {"owner": f"peer-{peer}", "host": "h", "version": "1", "heartbeat_at": far}
@@ -141,15 +165,15 @@ class Work:
         found = Relay(database.outbox, database=watched_url(database), transport=broker, limits=limits)
 
         def done() -> bool:
-            return len(broker.acked) > others and set(ids) <= set(broker.acked) and database.count("dead_letter") > dead
+            return len(broker.acked) > others and set(ids) <= set(broker.acked) and found.counts.dead == 1
 
         async with running(found):
             await eventually(done, timeout=60)
         database.execute(sa.delete(tables.relay))
 
 
-async def consume_everything(billing: Billing, url: str, statements: Sequence[Statement]) -> None:
-    """Handled once, skipped as a duplicate, tried again, given up, replayed."""
+async def consume_everything(billing: Billing, url: str, looks: Sequence[None]) -> None:
+    """Handled once, skipped as a duplicate, tried again, given up, replayed after some ``looks`` for replays."""
     consumer = billing.consumer(database=url)
     broken = True
 
@@ -163,7 +187,7 @@ async def consume_everything(billing: Billing, url: str, statements: Sequence[St
         twice = placed(0)
         await billing.publish(twice, twice, placed(1, key="other"), placed(2))
         await until(lambda: consumer.state.counts.dead == 1 and billing.charges() == [0, 2])
-        await until(lambda: sum("AS earlier" in statement.text for statement in statements) > 12)
+        await until(lambda: len(looks) > 12)
         (letter,) = billing.letters.find(state="open", consumer="billing")
         broken = False
         billing.letters.replay(letter.id)
@@ -220,6 +244,9 @@ async def test_no_statement_of_relay_and_consumer_looks_at_a_whole_table(
     # often enough for psycopg to prepare what is asked again and again, and for PostgreSQL to keep its plan
     monkeypatch.setattr(_relay, "DUE", 0.02)
     monkeypatch.setattr(runtime, "REPLAY_POLL", 0.02)
+    looks: list[None] = []
+    take = Attempts.take_replays
+    monkeypatch.setattr(Attempts, "take_replays", lambda *a, **kw: looks.append(None) or take(*a, **kw))  # type: ignore[func-returns-value]
     broker = f"plans-{uuid.uuid4().hex}"
     billing = Billing(database.url, f"memory://{broker}")
     work = Work(database)
@@ -229,7 +256,7 @@ async def test_no_statement_of_relay_and_consumer_looks_at_a_whole_table(
         others = 5000 if rows > 1 else 0
         await work.relay(work.ids[0], others, peers=1)
         await work.relay(work.ids[1], others)
-        await consume_everything(billing, watched_url(database), statements)
+        await consume_everything(billing, watched_url(database), looks)
     billing.close()
     memory.forget(broker)
     were_seen(statements)
