@@ -18,6 +18,8 @@ from outbox.tables import Tables
 
 LEASE: Final = 10.0  # seconds; a relay's lease time, where no lease tells it
 
+FIRST: Final = 1000  # rows among which the oldest is looked for
+
 MISSED: Final = 0.5  # of the lease time: a relay renews every third of it, so that one of half has missed its turn
 
 
@@ -81,7 +83,7 @@ def status(connection: sa.Connection, tables: Tables) -> Status:
         return connection.scalar(sa.select(sa.func.count()).select_from(table).where(*where)) or 0
 
     due = connection.scalar(sa.select(sa.func.min(scheduled.c.deliver_at)))
-    firsts = [connection.scalar(sa.select(sa.func.min(table.c.created_at))) for table in (message, parked)]
+    firsts = [connection.scalar(_first_created(table)) for table in (message, parked)]
     overdue = due if due is not None and due < now else None
     unsent = [max(0.0, ago(first)) for first in (*firsts, overdue) if first is not None]
     head = connection.execute(
@@ -113,6 +115,13 @@ def status(connection: sa.Connection, tables: Tables) -> Status:
         transactions=transactions(connection),
     )
     return replace(found, verdict=explain(found))
+
+
+def _first_created(table: sa.Table) -> sa.Select[tuple[dt.datetime | None]]:
+    """When the oldest row came: of the first by position, which is the order in which rows come. To find it among all would
+    be a look at the whole table, since no index has the time."""
+    first = sa.select(table.c.created_at).order_by(table.c.position).limit(FIRST).subquery()
+    return sa.select(sa.func.min(first.c.created_at))
 
 
 def _relays(

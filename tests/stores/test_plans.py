@@ -19,8 +19,10 @@ from outbox._message import Outgoing
 from outbox.backoff import Backoff
 from outbox.consumer import runtime
 from outbox.consumer.attempts import Attempts
+from outbox.observe.status import status
 from outbox.relay import Limits, Relay, _relay
 from outbox.stores import open_store
+from outbox.stores.engine import sync_engine_for
 from outbox.transport import Outcome
 from outbox.transports import memory
 from tests.consumer.billing import Billing, OrderPlaced, charge, placed, until
@@ -262,6 +264,22 @@ async def test_no_statement_of_relay_and_consumer_looks_at_a_whole_table(
     were_seen(statements)
     found = too_much(statements, rows)
     assert not found, "\n".join(found)
+
+
+def test_the_age_of_the_oldest_message_is_found_without_looking_at_all(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(database, {"message": 100_000, "parked": 100_000})
+    analyze(database)
+    with watched(database, monkeypatch) as statements:
+        engine = sync_engine_for(watched_url(database))
+        with engine.connect() as connection:
+            assert status(connection, database.tables).pending == 100_000
+        engine.dispose()
+    ages = [statement for statement in statements if "min(" in statement.text and "created_at" in statement.text]
+    assert len(ages) == 2
+    assert all(statement.work < 50_000 for statement in ages)
+    assert all((scan.looked_at or 0) < 5000 for statement in ages for scan in statement.scans)
 
 
 async def test_a_plan_made_for_an_almost_empty_table_is_not_kept_for_a_full_one(
