@@ -117,7 +117,7 @@ def status(connection: sa.Connection, tables: Tables) -> Status:
     return replace(found, verdict=explain(found))
 
 
-def _first_created(table: sa.Table) -> sa.Select[tuple[dt.datetime | None]]:
+def _first_created(table: sa.Table) -> sa.Select[Any]:
     """When the oldest row came: of the first by position, which is the order in which rows come. To find it among all would
     be a look at the whole table, since no index has the time."""
     first = sa.select(table.c.created_at).order_by(table.c.position).limit(FIRST).subquery()
