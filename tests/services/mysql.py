@@ -22,6 +22,7 @@ SETTINGS = {
     "gtid_mode": "ON",
     "enforce_gtid_consistency": "ON",
     "mysqlx": "OFF",
+    "auto_generate_certs": "OFF",  # no TLS: tests look at what is sent
     "performance_schema": "OFF",  # a quicker start
 }
 # The server's crash loses nothing even so: its pages are the kernel's. Only the machine's crash would.

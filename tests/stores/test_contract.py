@@ -16,13 +16,15 @@ from outbox.errors import StoreUnavailable
 from outbox.store import Store
 from outbox.stores import open_store, postgresql, sqlite
 from tests.relay.database import Database, key_in_bucket
+from tests.services import MARIADB
 
 POOLED = " through pgbouncer"
 DRIVERS = [
     *("sqlite", "sqlite+aiosqlite"),
     *("postgresql+psycopg", "postgresql+psycopg async", "postgresql+asyncpg"),
     *("postgresql+psycopg" + POOLED, "postgresql+asyncpg" + POOLED),
-    *("mysql", "mysql+pymysql", "mariadb+asyncmy"),
+    *("mysql", "mysql+pymysql"),
+    *(["mariadb+asyncmy"] if MARIADB.name == "mariadb" else []),  # SQLAlchemy refuses that name for MySQL
     *(["mysql+mysqldb"] if find_spec("MySQLdb") else []),  # it has to be compiled
 ]
 SERVERS = {"sqlite": "sqlite", "postgresql": "postgresql", "mysql": "mariadb", "mariadb": "mariadb"}
