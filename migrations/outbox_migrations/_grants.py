@@ -104,6 +104,15 @@ USES: Final[Mapping[str, tuple[Privilege, ...]]] = {
 }
 """By what is done: ``add``, ``cancel``, ``claim`` of the `Outbox`, a relay, a consumer, ``outbox status | trace | dlq``."""
 
+# An insert that does nothing where the row is there is an update of its key to what it is, on MySQL; MariaDB wants the
+# right to update whatever is inserted then.
+_ON_MYSQL: Final[Mapping[str, tuple[Privilege, ...]]] = {
+    "claim": (Privilege("inbox", "UPDATE"),),
+    "relay": (Privilege("dead_letter", "UPDATE"),),
+    "consume": (Privilege("dead_letter", "UPDATE"),),
+    "operate": (Privilege("attempt", "UPDATE"),),
+}
+
 _SAID: Final = {
     "add": "an application that adds messages, and can neither read nor delete any",
     "cancel": "an application that takes back what is scheduled (outbox.cancel)",
@@ -120,6 +129,8 @@ def privileges(use: str, dialect: str, tables: Tables) -> list[Privilege]:
     """What a use needs. MySQL shows a role only the tables on which it has something, and what they look like only with
     SELECT: whoever checks them needs it on all."""
     found = list(USES[use])
+    if dialect in _MYSQL:
+        found += _ON_MYSQL.get(use, ())
     if dialect in _MYSQL and any(privilege in found for privilege in _CHECK):
         everywhere = [Privilege(table.name.removeprefix(tables.prefix), "SELECT") for table in tables.all]
         found += [privilege for privilege in everywhere if privilege not in found]

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox import ConfigurationError, Outbox, OutboxError
+from outbox.dialects import MYSQL
 from outbox.observe.status import status
 from outbox.relay import _relay
 from outbox_migrations import grants, migrate
@@ -32,13 +33,14 @@ class Roles:
         self.owner = owner
         self.uses = Uses(Outbox(schema=schema), owner)
         self.names = {use: f"role_{use}_{uuid.uuid4().hex[:8]}" for use in USES}
+        self.mysql = owner.dialect.name in MYSQL
         with owner.begin() as connection:
             if schema is not None:
                 connection.execute(sa.schema.CreateSchema(schema))
             for name in self.names.values():
-                connection.execute(sa.text(f"create role {name} login"))
+                connection.execute(sa.text(f"create user {name}" if self.mysql else f"create role {name} login"))
         migrate(owner, schema=schema)
-        self.run(grants("postgresql", self.names, schema=schema))
+        self.run(grants(owner.dialect.name, self.names, schema=schema))
 
     def run(self, script: str) -> None:
         with self.owner.begin() as connection:
@@ -57,7 +59,8 @@ class Roles:
     def close(self) -> None:
         with self.owner.begin() as connection:
             for name in self.names.values():
-                connection.execute(sa.text(f"drop owned by {name}; drop role {name}"))
+                drop = f"drop user {name}" if self.mysql else f"drop owned by {name}; drop role {name}"
+                connection.execute(sa.text(drop))
 
 
 class Denied:
@@ -78,6 +81,14 @@ def roles(postgres: sa.Engine, request: pytest.FixtureRequest) -> Iterator[Roles
     found = Roles(postgres, request.param)
     yield found
     found.close()
+
+
+def test_each_use_works_under_a_user_of_mysql_that_has_nothing_else(maria: sa.Engine) -> None:
+    roles = Roles(maria, None)
+    try:
+        test_each_use_works_under_a_role_that_has_nothing_else(roles)
+    finally:
+        roles.close()
 
 
 def test_each_use_works_under_a_role_that_has_nothing_else(roles: Roles) -> None:

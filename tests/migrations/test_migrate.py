@@ -9,8 +9,10 @@ from threading import Barrier
 
 import pytest
 import sqlalchemy as sa
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from outbox import Outbox, SchemaMismatch
+from outbox import ConfigurationError, Outbox, SchemaMismatch
 from outbox.observe.schema import check_schema
 from outbox_migrations import STEPS, migrate
 from tests.migrations.project import differences
@@ -136,3 +138,39 @@ def test_it_needs_no_alembic() -> None:
 
 def test_the_names_of_steps_carry_their_versions() -> None:
     assert [int(step.name[:4]) for step in STEPS] == list(range(1, len(STEPS) + 1))
+
+
+NASTY = st.text(st.characters(exclude_characters="\x00"), max_size=12) | st.sampled_from(
+    ['x"; drop table users; --', "x'; drop table users; --", "a.b", "a b", "Ab", "a;", "a`b", "x" * 32, "é", "", "ok_"]
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(NASTY)
+def test_a_prefix_makes_tables_of_its_own_or_nothing_at_all(prefix: str) -> None:
+    engine = sa.create_engine("sqlite://")
+    statements: list[str] = []
+    sa.event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    try:
+        migrate(engine, prefix=prefix)
+    except ConfigurationError:
+        assert statements == []
+    else:
+        tables = sa.inspect(engine).get_table_names()
+        assert len(tables) == 11
+        assert all(name.startswith(prefix) for name in tables)
+    finally:
+        engine.dispose()
+
+
+@settings(deadline=None, max_examples=40)
+@given(NASTY)
+def test_a_schema_that_is_no_identifier_reaches_no_statement(schema: str) -> None:
+    engine = sa.create_engine("sqlite://")
+    statements: list[str] = []
+    sa.event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    with pytest.raises((ConfigurationError, SchemaMismatch)) as caught:
+        migrate(engine, schema=schema)
+    if caught.type is ConfigurationError:
+        assert statements == []
+    engine.dispose()
