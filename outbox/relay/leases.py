@@ -7,11 +7,12 @@ owner's own deadline is counted from **before** the renewal is sent, on a clock 
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import json
 import os
 import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -55,6 +56,8 @@ class Leases:
     fair: int = BUCKETS
     """What each relay that is alive has at least, once they share evenly."""
     _deadline: float = 0.0
+    # Relays whose heartbeat is in the future, since the database's clock was set back: with it, and since when we know it.
+    _ahead: dict[str, tuple[dt.datetime, float]] = field(default_factory=dict, repr=False)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
     @property
@@ -77,7 +80,10 @@ class Leases:
         sent, before = boottime(), self.epochs
         tables, owner, ttl = self.store.tables, self.owner, self.ttl
         text = json.dumps(state) if state else None
-        epochs, alive = await self.store.run(lambda c: _renew(c, tables, owner, ttl, text, take))
+        stopped = {other: beat for other, (beat, since) in self._ahead.items() if sent - since > ttl}
+        epochs, alive, ahead = await self.store.run(lambda c: _renew(c, tables, owner, ttl, text, take, stopped))
+        known = self._ahead
+        self._ahead = {o: known[o] if o in known and known[o][0] == beat else (beat, sent) for o, beat in ahead.items()}
         share = -(-BUCKETS // alive)
         self._deadline = sent + ttl * (1 - MARGIN)
         self.epochs, self.fair = epochs, BUCKETS // alive
@@ -144,8 +150,17 @@ class Leases:
 
 
 def _renew(
-    connection: sa.Connection, tables: Tables, owner: str, ttl: float, state: str | None, take: bool
-) -> tuple[dict[int, int], int]:
+    connection: sa.Connection,
+    tables: Tables,
+    owner: str,
+    ttl: float,
+    state: str | None,
+    take: bool,
+    stopped: Mapping[str, dt.datetime],
+) -> tuple[dict[int, int], int, dict[str, dt.datetime]]:
+    """``stopped``: relays whose heartbeat, in the future, has been the same for longer than a lease, on our own clock: they
+    are dead, and their leases would last as long as the clock was set back. Returns what is owned, how many relays are alive,
+    and those whose heartbeat is in the future."""
     lease, relay = tables.lease, tables.relay
     beat = sa.update(relay).where(relay.c.owner == owner).values(heartbeat_at=clock(), state=state)
     if connection.execute(beat).rowcount == 0:
@@ -160,15 +175,21 @@ def _renew(
         connection.execute(sa.select(lease.c.bucket).where(ours).order_by(lease.c.bucket).with_for_update())
         connection.execute(sa.update(lease).where(ours).values(expires_at=clock(ttl)))
     beating, silent = relay.c.heartbeat_at >= clock(-ttl), relay.c.heartbeat_at < clock(-10 * ttl)
-    others = connection.execute(sa.select(relay.c.owner, beating, silent).where(relay.c.owner != owner)).all()
-    gone = sorted(other for other, _, is_silent in others if is_silent)
+    early = relay.c.heartbeat_at > clock(ttl)
+    columns = (relay.c.owner, relay.c.heartbeat_at, beating, silent, early)
+    others = connection.execute(sa.select(*columns).where(relay.c.owner != owner)).all()
+    ahead = {other: beat for other, beat, _, _, is_early in others if is_early}
+    dead = sorted(other for other, beat in ahead.items() if stopped.get(other) == beat)
+    gone = sorted([*dead, *(other for other, _, _, is_silent, _ in others if is_silent)])
     if gone:
-        connection.execute(sa.delete(relay).where(relay.c.owner.in_(gone), silent))
-    alive = 1 + sum(beats for _, beats, _ in others)
+        connection.execute(sa.delete(relay).where(relay.c.owner.in_(gone), sa.or_(silent, early)))
+    alive = 1 + sum(beats and other not in dead for other, _, beats, _, _ in others)
     share = -(-BUCKETS // alive)
     mine = _owned(connection, tables, owner)
     if take and len(mine) < share:
-        free = sa.or_(lease.c.owner.is_(None), lease.c.expires_at < clock())
+        free = sa.or_(
+            lease.c.owner.is_(None), lease.c.expires_at < clock(), *([lease.c.owner.in_(dead)] if dead else [])
+        )
         # skip what another relay is taking in this moment; SQLite has one writer and no such clause
         wanted = connection.scalars(
             sa.select(lease.c.bucket)
@@ -184,7 +205,7 @@ def _renew(
                 .values(owner=owner, epoch=lease.c.epoch + 1, expires_at=clock(ttl))
             )
             mine = _owned(connection, tables, owner)
-    return mine, alive
+    return mine, alive, ahead
 
 
 def holders(connection: sa.Connection, tables: Tables) -> str:
