@@ -27,6 +27,10 @@ MYSQL_COLLATIONS: Final = sa.text(
     "SELECT TABLE_NAME, COLUMN_NAME, COLLATION_NAME FROM information_schema.COLUMNS"
     " WHERE TABLE_SCHEMA = coalesce(:schema, database()) AND TABLE_NAME IN :tables AND COLLATION_NAME IS NOT NULL"
 ).bindparams(sa.bindparam("tables", expanding=True))
+MYSQL_ENGINES: Final = sa.text(
+    "SELECT TABLE_NAME, ENGINE FROM information_schema.TABLES"
+    " WHERE TABLE_SCHEMA = coalesce(:schema, database()) AND TABLE_NAME IN :tables"
+).bindparams(sa.bindparam("tables", expanding=True))
 # Without AUTOINCREMENT a position is given out again after its row was deleted.
 SQLITE_TABLE: Final = "SELECT sql FROM {schema}sqlite_master WHERE type = 'table' AND name = ?"
 
@@ -56,15 +60,21 @@ class _Shapes:
         self._indexes = _by_name(inspector.get_multi_indexes(**asked))
         self._checks = _by_name(inspector.get_multi_check_constraints(**asked))
         self._collations: dict[tuple[str, str], str] = {}
+        self._engines: dict[str, str] = {}
         if self._dialect.name in _MYSQL:
             rows = connection.execute(MYSQL_COLLATIONS, {"tables": names, "schema": tables.schema})
             self._collations = {(table, column): collation for table, column, collation in rows}
+            engines = connection.execute(MYSQL_ENGINES, {"tables": names, "schema": tables.schema})
+            self._engines = {table: engine for table, engine in engines}  # noqa: C416  # dict() of rows: typed differently
         self._invalid: set[str] = set()
         if self._dialect.name == "postgresql":
             found = connection.scalars(INVALID_INDEXES, {"tables": names, "schema": tables.schema})
             self._invalid = set(found)
 
     def of(self, table: sa.Table) -> Iterator[Difference]:
+        engine = self._engines.get(table.name, "InnoDB")
+        if engine != "InnoDB":
+            yield self._difference(f"{table.fullname} is of {engine}, expected InnoDB", "ENGINE=InnoDB", table)
         there = {column["name"]: column for column in self._columns.get(table.name, ())}
         for column in table.columns:
             if column.name not in there:

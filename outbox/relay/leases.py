@@ -167,22 +167,20 @@ def _renew(
         connection.execute(
             sa.insert(relay).values(owner=owner, host=socket.gethostname()[:255], version=__version__, state=state)
         )
-    # Asked for first and then locked by name: InnoDB locks whatever rows a locking statement only looks at, too, and would
-    # wait here for another relay that parks. In the order of the buckets, as `fence` does: two orders can deadlock.
-    mine = _owned(connection, tables, owner)
-    if mine:
-        ours = sa.and_(lease.c.bucket.in_(list(mine)), lease.c.owner == owner)
+    # Locked by bucket, as `fence` does: an UPDATE alone takes rows as they lie, and two such orders can deadlock. In InnoDB
+    # they lie by bucket, and a locking SELECT waits for every row that it looks at: for another relay that parks.
+    ours = lease.c.owner == owner
+    if connection.dialect.name not in MYSQL:
         connection.execute(sa.select(lease.c.bucket).where(ours).order_by(lease.c.bucket).with_for_update())
-        connection.execute(sa.update(lease).where(ours).values(expires_at=clock(ttl)))
+    connection.execute(sa.update(lease).where(ours).values(expires_at=clock(ttl)))
     beating, silent = relay.c.heartbeat_at >= clock(-ttl), relay.c.heartbeat_at < clock(-10 * ttl)
     early = relay.c.heartbeat_at > clock(ttl)
     columns = (relay.c.owner, relay.c.heartbeat_at, beating, silent, early)
     others = connection.execute(sa.select(*columns).where(relay.c.owner != owner)).all()
     ahead = {other: beat for other, beat, _, _, is_early in others if is_early}
     dead = sorted(other for other, beat in ahead.items() if stopped.get(other) == beat)
-    gone = sorted([*dead, *(other for other, _, _, is_silent, _ in others if is_silent)])
-    if gone:
-        connection.execute(sa.delete(relay).where(relay.c.owner.in_(gone), sa.or_(silent, early)))
+    for other in sorted([*dead, *(other for other, _, _, is_silent, _ in others if is_silent)]):  # by name: see above
+        connection.execute(sa.delete(relay).where(relay.c.owner == other, sa.or_(silent, early)))
     alive = 1 + sum(beats and other not in dead for other, _, beats, _, _ in others)
     share = -(-BUCKETS // alive)
     mine = _owned(connection, tables, owner)

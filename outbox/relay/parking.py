@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from outbox import encoding, wire
 from outbox._message import Outgoing, message_id
 from outbox.dead_letters.record import Failure, write_relay
-from outbox.dialects import clock
+from outbox.dialects import clock, delete_listed
 from outbox.errors import DecodingError
 from outbox.tables import BODY, Tables
 
@@ -89,14 +89,22 @@ def _move(connection: sa.Connection, tables: Tables, rows: Sequence[Outgoing], v
             sa.select(message.c.position, *body, *literals).where(these),
         )
     )
-    connection.execute(sa.delete(message).where(these))
+    _delete(connection, message, rows)
+
+
+def _delete(connection: sa.Connection, table: sa.Table, rows: Sequence[Outgoing]) -> None:
+    connection.execute(delete_listed(table, connection.dialect.name, _listed(connection, rows)))
+
+
+def _listed(connection: sa.Connection, rows: Sequence[Outgoing]) -> dict[str, list[Any]]:
+    positions: dict[str, list[Any]] = {"position": [row.position for row in rows]}
+    if connection.dialect.name == "sqlite":
+        return positions  # a file does not fail over, and a row written by hand may have any text for an id
+    return positions | {"id": [uuid.UUID(row.id) for row in rows]}
 
 
 def _these(connection: sa.Connection, table: sa.Table, rows: Sequence[Outgoing]) -> sa.ColumnElement[bool]:
-    positions = table.c.position.in_([row.position for row in rows])
-    if connection.dialect.name == "sqlite":
-        return positions  # a file does not fail over, and a row written by hand may have any text for an id
-    return sa.and_(positions, table.c.id.in_([uuid.UUID(row.id) for row in rows]))
+    return sa.and_(*(table.c[name].in_(values) for name, values in _listed(connection, rows).items()))
 
 
 def due(
@@ -121,7 +129,7 @@ def sent(connection: sa.Connection, tables: Tables, fence: Fence, rows: Sequence
     """Parked messages of one key were acknowledged: remove them; the next one becomes the head, due now. Returns whether
     the key is still parked."""
     fence(connection, {rows[0].bucket})
-    connection.execute(sa.delete(tables.parked).where(_these(connection, tables.parked, rows)))
+    _delete(connection, tables.parked, rows)
     return _promote(connection, tables, key_of(rows[0]))
 
 
@@ -169,8 +177,8 @@ def dead(connection: sa.Connection, tables: Tables, fence: Fence, row: Outgoing,
         attempts=attempts + 1,
         failure=failure,
     )
-    connection.execute(sa.delete(message).where(_these(connection, message, [row])))
-    connection.execute(sa.delete(parked).where(_these(connection, parked, [row])))
+    _delete(connection, message, [row])
+    _delete(connection, parked, [row])
     return _promote(connection, tables, key_of(row))
 
 

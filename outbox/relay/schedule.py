@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from outbox.dialects import clock
+from outbox.dialects import clock, delete_listed
 from outbox.tables import BODY, Tables
 
 
@@ -30,5 +30,5 @@ def move_due(connection: sa.Connection, tables: Tables, limit: int) -> int:
             sa.select(*columns).where(scheduled.c.id.in_(ids)).order_by(scheduled.c.deliver_at, scheduled.c.id),
         )
     )
-    connection.execute(sa.delete(scheduled).where(scheduled.c.id.in_(ids)))
+    connection.execute(delete_listed(scheduled, connection.dialect.name, {"id": ids}))
     return len(ids)
