@@ -18,7 +18,15 @@ from outbox.consumer.binding import Handler
 from outbox.consumer.effect import DatabaseTrouble, Effect, NoRoom, guarded
 from outbox.consumer.threads import Threads
 from outbox.errors import ConfigurationError, OutboxError, StoreUnavailable
-from outbox.stores.engine import Database, async_engine_for, is_engine, quiet, require_file, sync_engine_for
+from outbox.stores.engine import (
+    Database,
+    async_engine_for,
+    async_transaction,
+    is_engine,
+    require_file,
+    sync_engine_for,
+    transaction,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -130,7 +138,7 @@ class Transactions:
             if self._engine is not None:
                 return await self._threads.run(self._run_on_engine, work)
             if self._async_engine is not None:
-                async with quiet(self._async_engine).begin() as connection:
+                async with async_transaction(self._async_engine) as connection:
                     return await connection.run_sync(work)
             if self._sync_sessions is not None:
                 return await self._threads.run(self._run_in_session, work)
@@ -144,7 +152,7 @@ class Transactions:
 
     def _run_on_engine(self, work: Callable[[sa.Connection], T]) -> T:
         assert self._engine is not None
-        with quiet(self._engine).begin() as connection:
+        with transaction(self._engine) as connection:
             return work(connection)
 
     def _run_in_session(self, work: Callable[[sa.Connection], T]) -> T:

@@ -24,7 +24,7 @@ from outbox.dead_letters.record import State, now
 from outbox.errors import ConfigurationError
 from outbox.observe.schema import check_schema
 from outbox.stores._run import unavailable
-from outbox.stores.engine import is_engine, sync_engine_for
+from outbox.stores.engine import is_engine, sync_engine_for, transaction
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -232,7 +232,7 @@ class DeadLetters:
         if self._engine is None:
             self._engine = sync_engine_for(self._database)
         try:
-            with self._engine.begin() as connection:
+            with transaction(self._engine) as connection:
                 if not self._checked:
                     check_schema(connection, self.outbox.tables)
                 result = work(connection)

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from outbox._refusals import is_undone, words
 from outbox.errors import StoreUnavailable
 from outbox.stores import pooler
+from outbox.stores.engine import async_transaction, transaction
 
 if TYPE_CHECKING:
     import psycopg
@@ -60,7 +61,7 @@ class Runner:
     async def _run(self, work: Callable[[sa.Connection], T]) -> T:
         if isinstance(self.engine, sa.Engine):
             return await self._in_thread(self._in_transaction, work)
-        async with self.engine.begin() as connection:
+        async with async_transaction(self.engine) as connection:
             return await connection.run_sync(work)
 
     async def _in_thread(
@@ -77,7 +78,7 @@ class Runner:
 
     def _in_transaction(self, work: Callable[[sa.Connection], T]) -> T:
         assert isinstance(self.engine, sa.Engine)
-        with self.engine.begin() as connection:
+        with transaction(self.engine) as connection:
             return work(connection)
 
     async def raw_psycopg(self) -> psycopg.AsyncConnection[Any]:

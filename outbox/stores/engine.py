@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import sqlalchemy as sa
 
@@ -16,9 +18,8 @@ from outbox.errors import ConfigurationError, MissingExtra, StoreUnavailable
 from outbox.stores import pooler
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-AnyEngine = TypeVar("AnyEngine", bound="sa.Engine | AsyncEngine")
 Database: TypeAlias = "str | sa.URL | sa.Engine | AsyncEngine"
 
 SUPPORTED: Final = ("postgresql", "sqlite", *MYSQL)
@@ -126,14 +127,40 @@ def async_engine_for(
     return _create_async(url if _is_async(url) else _with_driver(url, 1), pool_size, pre_ping, create)
 
 
-def quiet(engine: AnyEngine) -> AnyEngine:
-    """The engine for transactions of our own. On MySQL and MariaDB they are READ COMMITTED, whatever the user's are: under
-    REPEATABLE READ whoever looks for a row that is not there keeps others from inserting it."""
-    made_so = getattr(engine.dialect, "_on_connect_isolation_level", None) == READ_COMMITTED
-    if engine.dialect.name not in MYSQL or made_so:
-        return engine
-    ours: AnyEngine = engine.execution_options(isolation_level=READ_COMMITTED)  # type: ignore[assignment]
-    return ours
+@contextmanager
+def transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction of our own: READ COMMITTED whatever the engine says. Under a higher level leases and parking are refused
+    now and then, and on MySQL whoever looks for a row that is not there keeps others from inserting it; in autocommit it
+    would be no transaction. Raises `ConfigurationError` for an SQLite engine in autocommit mode: that has no other level."""
+    with engine.connect() as connection:
+        if _is_other_level(engine):
+            # the connection, since an engine made with execution_options() keeps its level in engines made from it
+            connection = connection.execution_options(isolation_level=READ_COMMITTED)
+        with connection.begin():
+            yield connection
+
+
+@asynccontextmanager
+async def async_transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """The same on an `AsyncEngine`."""
+    async with engine.connect() as connection:
+        if _is_other_level(engine.sync_engine):
+            connection = await connection.execution_options(isolation_level=READ_COMMITTED)
+        async with connection.begin():
+            yield connection
+
+
+def _is_other_level(engine: sa.Engine) -> bool:
+    level = engine.get_execution_options().get("isolation_level")
+    level = level or getattr(engine.dialect, "_on_connect_isolation_level", None)
+    if engine.dialect.name != "sqlite":
+        return level != READ_COMMITTED
+    if level == "AUTOCOMMIT":
+        raise ConfigurationError(
+            "this SQLite engine is in autocommit mode, in which nothing is a transaction: pass a URL, or an engine without "
+            "isolation_level='AUTOCOMMIT'"
+        )
+    return False
 
 
 def is_engine(database: object) -> bool:

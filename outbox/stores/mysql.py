@@ -12,7 +12,6 @@ from sqlalchemy.dialects import mysql
 from outbox._message import Outgoing
 from outbox._refusals import is_undone
 from outbox.stores._run import Runner, unavailable
-from outbox.stores.engine import quiet
 from outbox.stores.runs import runs
 from outbox.tables import Tables
 
@@ -65,7 +64,7 @@ class MysqlStore:
     ) -> None:
         self.tables = tables
         self.dialect = engine.dialect.name
-        self._runner = Runner(quiet(engine), ours=ours)
+        self._runner = Runner(engine, ours=ours)
         self._table = mysql.dialect().identifier_preparer.format_table(tables.message)
         # decoded in C and without a thread, which a server that falls silent would keep
         self._hot = Runner(hot, ours=True) if hot is not None else self._runner

@@ -135,8 +135,7 @@ class PostgresqlStore:
 
     def __init__(self, tables: Tables, engine: sa.Engine | AsyncEngine, *, ours: bool = False) -> None:
         self.tables = tables
-        # whatever the caller's engine says, AUTOCOMMIT too: leases and parking rest on what this level does
-        self._runner = Runner(engine.execution_options(isolation_level="READ COMMITTED"), ours=ours)
+        self._runner = Runner(engine, ours=ours)
         name = postgresql.dialect().identifier_preparer.format_table(tables.message)  # type: ignore[no-untyped-call]
         name = str(name).replace("%", "%%")
         self._read_sql = READ.format(message=name)

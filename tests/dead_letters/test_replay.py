@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from outbox import ConfigurationError
 from outbox._message import bucket_of, new_id
+from outbox.dead_letters import DeadLetters
 from outbox.dead_letters import replay as replaying
 from tests.dead_letters.conftest import ON_EACH
 from tests.dead_letters.graveyard import Graveyard
@@ -129,8 +130,17 @@ def test_of_two_operators_at_once_one_replays_each(graveyard: Graveyard, monkeyp
     assert sum(row["count"] for row in graveyard.rows("audit")) == 60
 
 
-def test_a_replay_that_fails_in_the_middle_leaves_nothing_half_done(graveyard: Graveyard) -> None:
+@ON_EACH
+@pytest.mark.parametrize("level", [None, "AUTOCOMMIT"])
+def test_a_replay_that_fails_in_the_middle_leaves_nothing_half_done(graveyard: Graveyard, level: str | None) -> None:
+    """Also on an engine that is in autocommit mode; SQLite, which has no level to change that to, refuses it."""
     graveyard.bury()
+    engine = graveyard.engine.execution_options(isolation_level=level) if level else graveyard.engine
+    letters = DeadLetters(graveyard.outbox, database=engine)
+    if level and graveyard.engine.dialect.name == "sqlite":
+        with pytest.raises(ConfigurationError, match="autocommit"):
+            letters.replay(consumer="billing")
+        return
 
     def fail(connection: Any, statement: str, *rest: Any) -> None:
         if "outbox_audit" in statement:
@@ -138,7 +148,7 @@ def test_a_replay_that_fails_in_the_middle_leaves_nothing_half_done(graveyard: G
 
     sa.event.listen(graveyard.engine, "before_execute", lambda c, s, *rest: fail(c, str(s)))
     with pytest.raises(RuntimeError, match="killed here"):
-        graveyard.letters.replay(consumer="billing")
+        letters.replay(consumer="billing")
     assert [letter.state for letter in graveyard.letters.find(state="any")] == ["open"]
     assert graveyard.rows("attempt") == []
     assert [row["cycle"] for row in graveyard.rows("inbox")] == [0]

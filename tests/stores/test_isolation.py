@@ -7,7 +7,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from outbox.errors import StoreUnavailable
+from outbox.errors import ConfigurationError, StoreUnavailable
 from outbox.stores import open_store
 from tests.relay.database import Database
 
@@ -17,7 +17,7 @@ DRIVERS = {"postgresql": ("psycopg", "asyncpg"), "mysql": ("pymysql", "asyncmy")
 
 @pytest.mark.parametrize("server", ["postgresql", "mariadb"])
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("kind", ["sync", "sync, by an option", "async"])
 async def test_an_engines_level_is_not_that_of_the_relays_transactions(
     request: pytest.FixtureRequest, server: str, level: str, kind: str
 ) -> None:
@@ -26,6 +26,10 @@ async def test_an_engines_level_is_not_that_of_the_relays_transactions(
     url = database.engine.url
     if kind == "sync":
         engine = sa.create_engine(url.set(drivername=f"{database.name}+{sync_driver}"), isolation_level=level)
+        store = open_store(engine, database.tables)
+    elif kind != "async":
+        engine = sa.create_engine(url.set(drivername=f"{database.name}+{sync_driver}"))
+        engine = engine.execution_options(isolation_level=level)
         store = open_store(engine, database.tables)
     else:
         async_engine = create_async_engine(url.set(drivername=f"{database.name}+{async_driver}"), isolation_level=level)
@@ -53,7 +57,7 @@ async def test_an_engines_level_is_not_that_of_the_relays_transactions(
         connection.rollback()
         return connection.scalar(count) == 1
 
-    if kind == "sync":
+    if kind != "async":
         with engine.connect() as connection:
             assert is_as_it_was(connection)
         engine.dispose()
@@ -61,3 +65,16 @@ async def test_an_engines_level_is_not_that_of_the_relays_transactions(
         async with async_engine.connect() as async_connection:
             assert await async_connection.run_sync(is_as_it_was)
         await async_engine.dispose()
+
+
+@pytest.mark.parametrize("kind", ["made so", "by an option"])
+async def test_an_sqlite_engine_in_autocommit_mode_is_refused(on_sqlite: Database, kind: str) -> None:
+    if kind == "made so":
+        engine = sa.create_engine(on_sqlite.url, isolation_level="AUTOCOMMIT")
+    else:
+        engine = sa.create_engine(on_sqlite.url).execution_options(isolation_level="AUTOCOMMIT")
+    store = open_store(engine, on_sqlite.tables)
+    with pytest.raises(ConfigurationError, match="autocommit mode"):
+        await store.run(lambda connection: None)
+    await store.close()
+    engine.dispose()
