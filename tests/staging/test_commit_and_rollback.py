@@ -122,6 +122,28 @@ def test_a_message_is_committed_with_a_core_insert(shop: Shop) -> None:
     assert shop.holds("a", "b")
 
 
+@pytest.mark.parametrize("way", ["rows of an insert", "returned rows", "bulk_save_objects", "bulk_insert_mappings"])
+def test_messages_are_committed_with_a_bulk_insert_of_each_kind_and_go_with_its_rollback(shop: Shop, way: str) -> None:
+    with Session(shop.engine) as session:
+        for names in ("ab", "cd", "ef"):
+            for name in names:
+                tell(session, name)
+            rows = [{"name": name} for name in names]
+            if way == "rows of an insert":
+                session.execute(sa.insert(Order), rows)
+            elif way == "returned rows" and shop.engine.dialect.insert_returning:
+                assert len(session.scalars(sa.insert(Order).returning(Order.id), rows).all()) == 2
+            elif way == "bulk_save_objects":
+                session.bulk_save_objects([Order(**row) for row in rows])
+            else:
+                session.bulk_insert_mappings(Order, rows)
+            if names == "cd":
+                session.rollback()
+            else:
+                session.commit()
+    assert shop.holds(*"abef")
+
+
 def test_a_failed_flush_takes_the_message_back(shop: Shop) -> None:
     with Session(shop.engine) as session:
         place(session, "a")
