@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from outbox import ConfigurationError, Outbox, OutboxError
 from outbox.dialects import MYSQL
+from outbox.observe import explain
 from outbox.observe.status import status
 from outbox.relay import _relay
 from outbox_migrations import grants, migrate
@@ -101,7 +102,7 @@ def test_each_use_works_under_a_role_that_has_nothing_else(roles: Roles) -> None
 @pytest.mark.parametrize("roles", [None], ids=["default schema"], indirect=True)
 def test_each_privilege_is_needed(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_relay, "PATIENCE", 0.3)
-    roles.uses.within = 1.5
+    roles.uses.within = 5.0
     dialect = roles.owner.dialect
     everything = os.environ.get("OUTBOX_TEST_ALL_GRANTS")
     needless = []
@@ -143,14 +144,20 @@ def test_an_application_that_adds_can_neither_read_nor_delete_nor_forge_an_order
                 connection.execute(sa.insert(tables.message).values({**row, **forged}))
 
 
-def test_status_says_that_it_cannot_see_transactions_of_other_roles(roles: Roles) -> None:
+def test_status_names_an_old_transaction_or_says_that_it_cannot_see_those_of_others(
+    roles: Roles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain, "OLD", 0.0)
     tables = roles.uses.outbox.tables
     with roles.owner.connect() as other, roles.engine("operate") as engine:
         other.execute(sa.insert(tables.checkpoint).values(name="x", value="y"))  # open, and holds its snapshot
         with engine.connect() as connection:
-            found = status(connection, tables).transactions
+            seen = status(connection, tables)
+            found = seen.transactions
             assert found is not None
             assert (found.seen, found.who) == (True, f"process {pid(other)}, user postgres")
+            assert "; a transaction has been open for " in seen.verdict
+            assert f" s ({found.who}): what is deleted cannot be cleaned away until it ends" in seen.verdict
         roles.run(f"revoke pg_read_all_stats from {roles.names['operate']}")
         with engine.connect() as connection:
             found = status(connection, tables).transactions

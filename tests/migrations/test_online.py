@@ -22,8 +22,8 @@ from outbox_migrations._operations import LOCK_TIMEOUT
 from tests.migrations.older import Older
 from tests.migrations.project import Project
 
-MARGIN = 1.0  # seconds that a loaded machine adds to what a writer waits
-WITHIN = 30.0
+MARGIN = 2.0  # seconds that a loaded machine adds to what a writer waits
+WITHIN = 60.0
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from outbox.transport import Outcome
 from tests.relay.scripted import Scripted
 
 QUICK = Limits(poll=0.01, attempts=2, backoff=Backoff(first=0.01, factor=1.0, most=0.01))
-WITHIN = 8.0  # seconds
+WITHIN = 40.0  # seconds, on a loaded machine
 
 
 class Uses:
