@@ -128,8 +128,8 @@ def migrate(
 ) -> list[str]:
     """Bring the tables to version ``to`` (None: `LATEST`) where there is no Alembic; returns the steps that it took.
 
-    ``where``: an ``Engine``, on which nobody queues behind us: new tables are made in one transaction, each change of
-    tables in use in one of its own, an index beside its writers. Or a ``Connection``: all of it in its transaction, which
+    ``where``: an ``Engine`` (up to three connections of it), on which nobody queues behind us: new tables are made in one
+    transaction, each change of tables in use in one of its own, an index beside its writers. Or a ``Connection``: all of it in its transaction, which
     the caller commits (SQLite and PostgreSQL: all or nothing); then an index on a large table is refused.
 
     Called again it does nothing, or what a cut-off attempt left undone; of two processes that call it at once, the second
