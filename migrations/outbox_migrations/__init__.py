@@ -129,8 +129,9 @@ def migrate(
     """Bring the tables to version ``to`` (None: `LATEST`) where there is no Alembic; returns the steps that it took.
 
     ``where``: an ``Engine`` (up to three connections of it), on which nobody queues behind us: new tables are made in one
-    transaction, each change of tables in use in one of its own, an index beside its writers. Or a ``Connection``: all of it in its transaction, which
-    the caller commits (SQLite and PostgreSQL: all or nothing); then an index on a large table is refused.
+    transaction, each change of tables in use in one of its own, an index beside its writers. Or a ``Connection``: all of
+    it in its transaction, which the caller commits (SQLite and PostgreSQL: all or nothing); then an index on a large table
+    is refused.
 
     Called again it does nothing, or what a cut-off attempt left undone; of two processes that call it at once, the second
     waits for the first. Tables that ``create_all`` made are checked, seeded and left alone. ``downgrade``: allows a ``to``
