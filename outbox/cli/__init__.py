@@ -19,7 +19,7 @@ from outbox._refusals import words
 from outbox._version import __version__
 from outbox.errors import OutboxError, StoreUnavailable, TransportError
 
-VERBS: Final = ("relay", "consume", "status", "trace", "dlq", "migrate", "demo")
+VERBS: Final = ("relay", "consume", "status", "trace", "dlq", "cleanup", "migrate", "demo")
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "outbox") -> int:

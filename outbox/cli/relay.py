@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from outbox.cleanup import Retention
 from outbox.cli._common import (
     count,
     log_to_stderr,
@@ -30,6 +31,9 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--drain-timeout", type=positive, default=25.0, metavar="SECONDS", help="for a stop (default: 25)"
     )
+    parser.add_argument(
+        "--no-cleanup", action="store_true", help="remove nothing in the background (see outbox cleanup)"
+    )
     parser.add_argument("--drain", action="store_true", help="send what is there now, print the counts, end")
     parser.add_argument("--verbose", action="store_true")
     parser.set_defaults(do=do)
@@ -51,6 +55,7 @@ def do(options: argparse.Namespace) -> int:
         transport=transport,
         lease=options.lease,
         drain_timeout=options.drain_timeout,
+        retention=Retention.forever() if options.no_cleanup else None,
         limits=Limits(batch=options.batch, window=4 * options.batch, poll=options.poll),
     )
     if options.drain:

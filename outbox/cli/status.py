@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from typing import Any
 
 from outbox.cli._common import ask, exit_status, outbox_options, print_json, print_table
-from outbox.errors import ConfigurationError
 from outbox.observe.consumers import ConsumerStatus
 from outbox.observe.status import RelayStatus, Status, status
-from outbox.observe.words import at, duration, some
+from outbox.observe.words import at, duration, seconds, some
 
 
 def register(commands: Any) -> None:
@@ -38,13 +36,6 @@ def do(options: argparse.Namespace) -> int:
     return 0
 
 
-def seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h|d)?", text)
-    if match is None:
-        raise ConfigurationError(f"{text!r} is no age: write 90s, 5m, 2h or 1d")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2] or "s"]
-
-
 def show(s: Status) -> None:
     print(f"{s.verdict}\n")
     print(f"pending       {s.pending:>9,}")
@@ -56,6 +47,8 @@ def show(s: Status) -> None:
         print(f"oldest unsent {duration(s.oldest):>12}")
     if s.transactions is not None and not s.transactions.seen:
         print("transactions of other roles cannot be seen: an old one may hold things up (grant pg_read_all_stats)")
+    if s.cleanup is not None:
+        print(f"cleanup       {s.cleanup.line()}")
     if s.relays:
         print()
         rows = [

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from outbox._message import BUCKETS
 from outbox.dialects import UtcDateTime, clock
+from outbox.observe.cleanup import CleanupStatus, cleanup
 from outbox.observe.consumers import ConsumerStatus, consumers
 from outbox.observe.explain import explain
 from outbox.observe.transactions import Transactions, transactions
@@ -64,6 +65,7 @@ class Status:
     consumers: list[ConsumerStatus]
     verdict: str = ""
     transactions: Transactions | None = None
+    cleanup: CleanupStatus | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,6 +115,7 @@ def status(connection: sa.Connection, tables: Tables) -> Status:
         lease_ends=ends,
         consumers=consumers(connection, tables, now),
         transactions=transactions(connection),
+        cleanup=cleanup(connection, tables, now),
     )
     return replace(found, verdict=explain(found))
 

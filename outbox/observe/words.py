@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
+
+from outbox.errors import ConfigurationError
 
 
 def some(number: int, noun: str, plural: str | None = None) -> str:
@@ -34,6 +37,14 @@ def duration(seconds: float) -> str:
         return f"{minutes} m {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} m" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def seconds(text: str) -> float:
+    """The other way: ``90s``, ``5m``, ``2h``, ``1d`` (without a unit: seconds). Raises `ConfigurationError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h|d)?", text)
+    if match is None:
+        raise ConfigurationError(f"{text!r} is no age: write 90s, 5m, 2h or 1d")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2] or "s"]
 
 
 def listed(names: list[str], most: int = 3) -> str:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Self
 import sqlalchemy as sa
 
 from outbox._outbox import Outbox
+from outbox.cleanup.retention import Retention
 from outbox.errors import ConfigurationError, OutboxError, StoreUnavailable, Unavailable
 from outbox.observe.schema import check_schema
 from outbox.relay.circuit import EVERYTHING
+from outbox.relay.cleaning import Cleaning
 from outbox.relay.flow import Counts, Flow, Limits
 from outbox.relay.leases import Leases, holders
 from outbox.relay.parking import Due, due
@@ -53,7 +55,9 @@ class Relay:
     ``database``: URL, `sqlalchemy.URL`, `Engine` or `AsyncEngine`; None takes it from ``OUTBOX_DATABASE``.
     ``transport``: URL or `Transport` (which is the relay's from then on: it closes it); None takes it from
     ``OUTBOX_TRANSPORT``. ``lease``: seconds after which a dead relay's share is taken over. ``drain_timeout``: seconds
-    that a stop may take before what is in flight is left to be sent again. Other limits: `Limits`.
+    that a stop may take before what is in flight is left to be sent again. Other limits: `Limits`. ``retention``: how long
+    inbox rows and other things that are over are kept (`outbox.cleanup.Retention`); one of the relays removes what is older
+    in the background. None takes it from ``OUTBOX_RETENTION_…``; `Retention.forever` removes nothing.
 
     Several relays on one outbox share the buckets evenly. A message is removed only after the broker's acknowledgement:
     a crash in between sends it again under the same id. While the broker is away nothing is lost and no attempt is spent.
@@ -68,11 +72,16 @@ class Relay:
         lease: float = 10.0,
         drain_timeout: float = 25.0,
         limits: Limits | None = None,
+        retention: Retention | None = None,
     ) -> None:
         if lease < 0.5:
             raise ConfigurationError(f"lease={lease}: at least 0.5 seconds, or a busy moment would lose it")
         self.outbox = outbox
         self.limits = limits or Limits()
+        self.retention = retention or Retention.from_environment()
+        self.retention.require(
+            self.limits.attempts * self.limits.backoff.most + lease, "a message's retries by the relay"
+        )
         self._lease, self._drain_timeout = lease, drain_timeout
         self._database, self._transport = database, transport
         self._flow: Flow | None = None
@@ -126,7 +135,7 @@ class Relay:
         """`drain`, for an event loop that is running already."""
         stop = asyncio.Event()
         store, transport = await self._open(patience=PATIENCE)
-        running = asyncio.create_task(self._run(store, transport, stop))
+        running = asyncio.create_task(self._run(store, transport, stop, clean=False))
         try:
             while not running.done():
                 flow = self._flow
@@ -210,24 +219,25 @@ class Relay:
             )
         return open_transport(transport)
 
-    async def _run(self, store: Store, transport: Transport, stop: asyncio.Event) -> None:
+    async def _run(self, store: Store, transport: Transport, stop: asyncio.Event, *, clean: bool = True) -> None:
         flow = self._flow = Flow(store, transport, Leases(store, self._lease), self.limits, self.started)
         # a stop of its own for the flow, so that the leases are renewed until the last message is settled
         finishing = asyncio.Event()
-        beside = [
-            asyncio.create_task(self._again(flow, what, work))
-            for what, work in (
-                ("lease", lambda: self._beat(flow, stop)),
-                ("due", lambda: self._look_for_due(flow)),
-                ("watch", lambda: self._watch(flow)),
-            )
-        ]
+        work: dict[str, Callable[[], Awaitable[float]]] = {
+            "lease": lambda: self._beat(flow, stop),
+            "due": lambda: self._look_for_due(flow),
+            "watch": lambda: self._watch(flow),
+        }
+        beside = [asyncio.create_task(self._again(flow, what, each)) for what, each in work.items()]
+        cleaning = Cleaning(store, flow.leases, self.retention if clean else Retention.forever())
+        removing = asyncio.create_task(self._again(flow, "cleanup", cleaning.step))
         flowing = asyncio.create_task(flow.run(finishing))
         stopping = asyncio.create_task(stop.wait())
         clean = False
         try:
             await asyncio.wait([flowing, stopping], return_when=asyncio.FIRST_COMPLETED)
             finishing.set()
+            removing.cancel()  # at once: it is not what a stop waits for
             await asyncio.wait([flowing], timeout=self._drain_timeout)
             clean = flowing.done() and flowing.exception() is None
             if not flowing.done():
@@ -235,9 +245,9 @@ class Relay:
             else:
                 flowing.result()
         finally:
-            for task in (*beside, flowing, stopping):
+            for task in (*beside, removing, flowing, stopping):
                 task.cancel()
-            await asyncio.gather(*beside, flowing, stopping, return_exceptions=True)
+            await asyncio.gather(*beside, removing, flowing, stopping, return_exceptions=True)
             await close(flow.transport, abort=not clean)
             with contextlib.suppress(StoreUnavailable, TimeoutError):  # then the leases expire by themselves
                 await asyncio.wait_for(flow.leases.release(leave=True), GOODBYE)

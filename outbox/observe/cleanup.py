@@ -1,0 +1,91 @@
+"""What is over and still kept: since when, how much room it takes, and when cleanup last looked."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from outbox.observe.words import duration, some
+from outbox.tables import Tables
+
+RECORD: Final = "cleanup"
+"""The row of ``checkpoint`` in which a cleanup that is over says what it did: JSON, by the database's clock."""
+
+LATE: Final = 2 * 86400.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class CleanupStatus:
+    """Ages are seconds. ``ran``: since the last one ended (None: there never was one), which ``removed`` so many rows by
+    table. ``inbox_oldest``: age of the first inbox row; ``inbox_kept``: how long they are kept. ``bytes``: of inbox and dead
+    letters with their indexes, on PostgreSQL."""
+
+    ran: float | None
+    removed: dict[str, int] = field(default_factory=dict)
+    inbox_oldest: float | None = None
+    inbox_kept: float | None = None
+    bytes: int | None = None
+
+    def line(self) -> str:
+        """For `outbox status`."""
+        if self.ran is None:
+            ran = "never ran"
+        else:
+            rows = sum(self.removed.values())
+            ran = f"ran {duration(self.ran)} ago" + (f" and removed {some(rows, 'row')}" if rows else "")
+        parts = [ran]
+        if self.inbox_oldest is not None:
+            kept = f" of {duration(self.inbox_kept)}" if self.inbox_kept is not None else ""
+            parts.append(f"the inbox goes back {duration(self.inbox_oldest)}{kept}")
+        if self.bytes is not None:
+            parts.append(f"it and the dead letters take {self.bytes / 1e6:,.1f} MB")
+        late = self.inbox_kept is not None and (self.inbox_oldest or 0.0) > self.inbox_kept + LATE
+        if late and (self.ran is None or self.ran > LATE):
+            parts.append("start a relay, or run `outbox cleanup`")
+        return "; ".join(parts)
+
+
+def cleanup(connection: sa.Connection, tables: Tables, now: dt.datetime) -> CleanupStatus:
+    """Some look-ups: by primary key, by the first entry of an index, and of what PostgreSQL knows of its files."""
+    found = _record(connection, tables)
+    ran, value = found if found is not None else (None, {})
+    oldest = connection.scalar(sa.select(sa.func.min(tables.inbox.c.processed_at)))
+    return CleanupStatus(
+        ran=None if ran is None else max(0.0, (now - ran).total_seconds()),
+        removed=value.get("removed", {}),
+        inbox_oldest=None if oldest is None else max(0.0, (now - oldest).total_seconds()),
+        inbox_kept=value.get("retention", {}).get("inbox"),
+        bytes=_bytes(connection, tables),
+    )
+
+
+def inbox_kept(connection: sa.Connection, tables: Tables) -> float | None:
+    """For how many seconds the last cleanup kept inbox rows; None where there was none, or it keeps them for ever."""
+    found = _record(connection, tables)
+    kept: float | None = found[1].get("retention", {}).get("inbox") if found is not None else None
+    return kept
+
+
+def _record(connection: sa.Connection, tables: Tables) -> tuple[dt.datetime, dict[str, Any]] | None:
+    checkpoint = tables.checkpoint
+    query = sa.select(checkpoint.c.updated_at, checkpoint.c.value).where(checkpoint.c.name == RECORD)
+    row = connection.execute(query).one_or_none()
+    return None if row is None else (row.updated_at, json.loads(row.value))
+
+
+def _bytes(connection: sa.Connection, tables: Tables) -> int | None:
+    if connection.dialect.name != "postgresql":
+        return None
+    # with partitions, whose parent has no file itself
+    query = sa.text(
+        "select coalesce(sum(pg_total_relation_size(t.relid)), 0)::bigint"
+        " from unnest(cast(:names as text[])) n, pg_partition_tree(to_regclass(n)) t"
+    )
+    quote = connection.dialect.identifier_preparer.format_table
+    names = [quote(table) for table in (tables.inbox, tables.dead_letter)]
+    found: int = connection.execute(query, {"names": names}).scalar_one()
+    return found
