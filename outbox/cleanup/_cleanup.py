@@ -35,6 +35,7 @@ TRIES: Final = 8  # of one batch that loses against others
 AGAIN: Final = Backoff(first=0.05, factor=2.0, most=2.0)
 SQLITE_BUSY: Final = 5
 
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """Rows of ``table`` that are old enough to go and stay, and why."""
@@ -165,7 +166,10 @@ class _Database:
         self._ours = not is_engine(database)
         self._engine = sync_engine_for(database, create=True)
         # under REPEATABLE READ MySQL locks gaps that writers need, and PostgreSQL refuses what READ COMMITTED looks at again
-        self._running = self._engine if self._engine.dialect.name == "sqlite" else quiet(self._engine)
+        # (and an engine in AUTOCOMMIT would let go of what is locked before it is deleted)
+        postgresql = self._engine.dialect.name == "postgresql"
+        committed = {"isolation_level": "READ COMMITTED"}
+        self._running = self._engine.execution_options(**committed) if postgresql else quiet(self._engine)
 
     def __enter__(self) -> _Database:
         return self

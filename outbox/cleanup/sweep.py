@@ -19,12 +19,12 @@ from outbox.cleanup.archive import Archive
 from outbox.cleanup.pace import Pace
 from outbox.cleanup.retention import HOUR, Retention
 from outbox.cleanup.rules import Rule, rules_for, sparing_unsent, unsent_beyond
-from outbox.dialects import UtcDateTime, clock
+from outbox.dialects import MYSQL, UtcDateTime, clock
 from outbox.errors import ConfigurationError
 from outbox.tables import Tables
 
 ROWS: Final = 1000  # of a batch, at the most
-AT_ONCE: Final = 500  # keys of one statement: SQLite's oldest builds take 999 parameters
+AT_ONCE: Final = 400  # keys of one statement, of two columns: SQLite's oldest builds take 999 parameters
 SKEW: Final = HOUR  # seconds between the database's clock and ours, from which on one of them is not to be believed
 
 
@@ -130,12 +130,17 @@ class Sweep:
         )
         if self._archive is None and connection.dialect.name in ("postgresql", "sqlite"):
             return connection.execute(_in_one(rule, old, connection.dialect.name)).rowcount
+        if (
+            connection.dialect.name == "sqlite"
+        ):  # FOR UPDATE means nothing there: a write takes the one lock, before the look
+            connection.execute(sa.delete(rule.table).where(sa.false()))
         found = connection.execute(old).mappings().all()
         if not found:
             return 0
         if self._archive is not None:
             self._archive.write(rule.table.name, map(dict, found))
-        return sum(connection.execute(statement).rowcount for statement in _by_key(rule, found))
+        _by_key(connection, rule, found)
+        return len(found)  # locked, so that they are all there
 
 
 def _at(rule: Rule) -> sa.ColumnElement[Any]:
@@ -164,18 +169,22 @@ def _in_one(rule: Rule, old: sa.Select[Any], dialect: str) -> sa.Delete:
     return sa.delete(rule.table).where(keys.in_(sa.select(*doomed.c)))
 
 
-def _by_key(rule: Rule, found: Sequence[Any]) -> list[sa.Delete]:
+def _by_key(connection: sa.Connection, rule: Rule, found: Sequence[Any]) -> None:
     """The same in two steps, for MySQL, which cannot select from the table it deletes from, and where the rows are wanted.
-    By the primary key, as lists that every database looks up: its first columns fixed, the last one of several."""
-    *firsts, last = rule.key
-    groups: dict[tuple[Any, ...], list[Any]] = {}
-    for row in found:
-        groups.setdefault(tuple(row[column.name] for column in firsts), []).append(row[last.name])
-    return [
-        sa.delete(rule.table).where(
-            *(column == value for column, value in zip(firsts, values, strict=True)),
-            last.in_(lasts[at : at + AT_ONCE]),
+
+    On MySQL row by row: of a list of keys the optimizer may look at all rows of a small table instead, and InnoDB locks what
+    it looks at: a row that a handler holds would be waited for, which `SKIP LOCKED` has just avoided."""
+    names = [column.name for column in rule.key]
+    keys = [tuple(row[name] for name in names) for row in found]
+    if connection.dialect.name in MYSQL:
+        one = sa.delete(rule.table).where(*(column == sa.bindparam(f"the_{column.name}") for column in rule.key))
+        connection.execute(
+            one, [{f"the_{name}": value for name, value in zip(names, key, strict=True)} for key in keys]
         )
-        for values, lasts in groups.items()
-        for at in range(0, len(lasts), AT_ONCE)
-    ]
+        return
+    target = sa.tuple_(*rule.key) if len(names) > 1 else rule.key[0]
+    for at in range(0, len(keys), AT_ONCE):
+        part = keys[at : at + AT_ONCE]
+        connection.execute(
+            sa.delete(rule.table).where(target.in_(part if len(names) > 1 else [key[0] for key in part]))
+        )
