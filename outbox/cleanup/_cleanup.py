@@ -23,7 +23,7 @@ from outbox.dialects import clock, insert_if_absent
 from outbox.observe.cleanup import RECORD
 from outbox.observe.schema import check_schema
 from outbox.stores._run import unavailable
-from outbox.stores.engine import is_engine, quiet, sync_engine_for
+from outbox.stores.engine import is_engine, sync_engine_for, transaction
 from outbox.tables import Tables
 
 if TYPE_CHECKING:
@@ -165,11 +165,6 @@ class _Database:
     def __init__(self, database: str | sa.URL | sa.Engine | AsyncEngine | None) -> None:
         self._ours = not is_engine(database)
         self._engine = sync_engine_for(database, create=True)
-        # under REPEATABLE READ MySQL locks gaps that writers need, and PostgreSQL refuses what READ COMMITTED looks at again
-        # (and an engine in AUTOCOMMIT would let go of what is locked before it is deleted)
-        postgresql = self._engine.dialect.name == "postgresql"
-        committed = {"isolation_level": "READ COMMITTED"}
-        self._running = self._engine.execution_options(**committed) if postgresql else quiet(self._engine)
 
     def __enter__(self) -> _Database:
         return self
@@ -182,7 +177,7 @@ class _Database:
         tries = 0
         while True:
             try:
-                with self._running.begin() as connection:
+                with transaction(self._engine) as connection:
                     return work(connection)
             except sa.exc.DBAPIError as error:
                 tries += 1
