@@ -55,6 +55,11 @@ def test_on_postgresql_and_kafka_every_count_is_right_though_processes_are_kille
     check(status, table, said, orders=3000, kills=6)
 
 
+def test_on_mariadb_and_the_local_broker_every_count_is_right_though_processes_are_killed(mariadb_url: str) -> None:
+    status, table, said = demo("--orders", "400", "--kills", "2", "--database", mariadb_url)
+    check(status, table, said, orders=400, kills=2)
+
+
 def test_the_demo_fails_when_the_inbox_forgets(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import outbox._outbox as o; o.Outbox.claim = lambda *a, **k: True")
     status, table, said = demo("--orders", "1500", "--kills", "8", "--seed", "1", PYTHONPATH=str(tmp_path))

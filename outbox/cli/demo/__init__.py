@@ -15,6 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from outbox.cli._common import print_json
+from outbox.dialects import MYSQL
 from outbox.errors import ConfigurationError
 from outbox.stores._run import unavailable
 
@@ -213,7 +214,9 @@ class Demo:
         if not self.options.keep and Base.metadata.schema:
             # where the database cannot be reached there is nothing to remove, and the first error is the one to see
             with contextlib.suppress(sa.exc.OperationalError), self.shop.begin() as connection:
-                connection.execute(sa.schema.DropSchema(Base.metadata.schema, cascade=True, if_exists=True))
+                # MySQL's schema is a database: all of it goes, and no CASCADE is to be said
+                cascade = self.shop.dialect.name not in MYSQL
+                connection.execute(sa.schema.DropSchema(Base.metadata.schema, cascade=cascade, if_exists=True))
         self.shop.dispose()
         self.billing.dispose()
 
