@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -342,3 +343,43 @@ async def test_sqlites_write_lock_is_free_while_a_handler_works(sqlite_billing: 
         await billing.publish(placed(1))
         await until_finished(consumer, 1)
     assert (written, billing.charges()) == ([1], [100, 1])
+
+
+async def test_a_handler_that_ignores_a_deadlock_commits_no_half_effect(mariadb_url: str, broker: str) -> None:
+    """InnoDB has rolled back all of it, the inbox row too: what follows would commit alone."""
+    billing = Billing(mariadb_url, broker)
+    with billing.engine.begin() as connection:
+        connection.execute(sa.insert(Charge), [{"order_id": 100 + n, "amount": "0"} for n in range(2)])
+        connection.exec_driver_sql("create table ballast (n int primary key)")
+    first, second = (sa.select(Charge).where(Charge.id == n).with_for_update() for n in (1, 2))
+    tries = 0
+
+    def handle(event: OrderPlaced, session: Session) -> None:
+        nonlocal tries
+        tries += 1
+        session.add(Charge(order_id=event.order_id))
+        session.flush()
+        if tries == 1:
+            deadlock(session)
+        session.add(Charge(order_id=event.order_id))
+
+    def deadlock(session: Session) -> None:
+        session.execute(first)
+        with billing.engine.connect() as other:
+            other.exec_driver_sql("insert into ballast select seq from seq_1_to_100")  # who wrote less is the victim
+            other.execute(second)
+            crossing = threading.Thread(target=other.execute, args=(first,))
+            crossing.start()
+            with pytest.raises(sa.exc.OperationalError, match="1213"):
+                session.execute(second)
+            crossing.join()
+
+    consumer = billing.consumer(retries=2)
+    consumer.on(OrderPlaced)(handle)
+    async with running(consumer):
+        await billing.publish(placed(1))
+        await until_finished(consumer, 1)
+    assert tries == 2
+    assert billing.charges() == [100, 101, 1, 1]
+    assert [row["outcome"] for row in billing.rows("inbox")] == ["done"]
+    billing.close()
