@@ -209,6 +209,11 @@ async def test_keys_that_look_alike_are_different_keys(on_mariadb: Database) -> 
     failing = Scripted(lambda row, tries: Outcome.retry("no") if row.key == "a" else None)
     on_mariadb.add(*keys)
     on_mariadb.add("a", "a ", "A", bucket=bucket_of("a", uuid.UUID(int=0)))
+    message = on_mariadb.tables.message
+    with on_mariadb.engine.connect() as connection:
+        for key in keys:
+            (found,) = connection.scalars(sa.select(message.c.key).where(message.c.key == key).distinct())
+            assert found == key
     async with running(relay(on_mariadb, failing)):
         await eventually(lambda: on_mariadb.count() == on_mariadb.count("parked") == 0)
     assert [letter.key for letter in on_mariadb.rows("dead_letter")] == ["a", "a"]
