@@ -236,8 +236,17 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
 # ---------------------------------------------------------------- what engines tell
 
 
+# SQLAlchemy takes a transaction for ended whose commit has failed, and sends no rollback: it is still open where the failure
+# is that of our insert, and whoever has the connection next would commit the data without its messages.
+
+
 def _commit(connection: sa.Connection) -> None:
-    _insert(connection)
+    try:
+        _insert(connection)
+    except BaseException:
+        with suppress(Exception):
+            connection.dialect.do_rollback(connection.connection)
+        raise
 
 
 def _prepare_twophase(connection: sa.Connection, xid: Any) -> None:
@@ -246,8 +255,14 @@ def _prepare_twophase(connection: sa.Connection, xid: Any) -> None:
 
 
 def _commit_twophase(connection: sa.Connection, xid: Any, is_prepared: bool) -> None:
-    if not is_prepared:
+    if is_prepared:
+        return
+    try:
         _insert(connection)
+    except BaseException:
+        with suppress(Exception):
+            connection.dialect.do_rollback_twophase(connection, xid, is_prepared=False)
+        raise
 
 
 def _rollback(connection: sa.Connection) -> None:

@@ -28,7 +28,7 @@ from tests.staging.programs import ENTITIES, Base, Entity, Place
 from tests.staging.shop import TABLES, outbox
 from tests.staging.shop import Base as ShopBase
 
-PROGRAMS = int(os.environ.get("OUTBOX_TEST_ORDER_PROGRAMS", "10"))
+PROGRAMS = int(os.environ.get("OUTBOX_TEST_ORDER_PROGRAMS", "8"))
 PROCESSES = 2
 THREADS = 3
 

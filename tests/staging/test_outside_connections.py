@@ -240,3 +240,53 @@ def test_a_closed_or_failed_connection_refuses_messages(shop: Shop) -> None:
             tell(connection, "b")
         connection.rollback()
     assert shop.holds()
+
+
+@pytest.mark.parametrize("end", ["close", "rollback"])
+def test_a_commit_through_the_connection_whose_insert_fails_leaves_nothing_open_behind_it(shop: Shop, end: str) -> None:
+    """SQLAlchemy takes the transaction for ended then, and rolls nothing back: whoever has the connection next, from the
+    pool or the same, would commit the order without its message."""
+    _fails_once(shop.engine)
+    with shop.engine.connect() as connection:
+        session = Session(connection, join_transaction_mode="rollback_only")
+        connection.begin()
+        place(session, "a")
+        session.flush()
+        with pytest.raises(RuntimeError, match="once"):
+            connection.commit()
+        session.close()
+        if end == "rollback":
+            connection.rollback()
+            tell(connection, "b")
+            connection.execute(sa.insert(Order).values(name="b"))
+            connection.commit()
+    with shop.engine.connect() as connection:
+        tell(connection, "c")
+        connection.execute(sa.insert(Order).values(name="c"))
+        connection.commit()
+    assert shop.holds(*["b"] if end == "rollback" else [], "c")
+
+
+def test_so_does_one_in_two_phases(server_shop: Shop) -> None:
+    _fails_once(server_shop.engine)
+    with server_shop.engine.connect() as connection:
+        transaction = connection.begin_twophase()
+        session = Session(connection, join_transaction_mode="rollback_only")
+        place(session, "a")
+        session.flush()
+        with pytest.raises(RuntimeError, match="once"):
+            transaction.commit()
+        session.close()
+    with Session(server_shop.engine) as session, session.begin():
+        place(session, "b")
+    assert server_shop.holds("b")
+
+
+def _fails_once(engine: sa.Engine) -> None:
+    failures = [1]
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def fail_once(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        if "INTO outbox_message" in statement and failures:
+            failures.pop()
+            raise RuntimeError("once")
