@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session, scoped_session
 
 from outbox._message import Message
 from outbox._outbox import Outbox
+from outbox.cleanup.retention import Retention
 from outbox.consumer import effect, handing
 from outbox.consumer.attempts import Attempts
 from outbox.consumer.effect import DatabaseTrouble
@@ -26,6 +27,7 @@ from outbox.consumer.runtime import Runtime
 from outbox.consumer.state import State
 from outbox.consumer.transactions import Transactions, check_sessions
 from outbox.errors import ConfigurationError
+from outbox.observe.cleanup import inbox_kept
 from outbox.observe.schema import check_schema
 from outbox.stores.engine import Database, from_environment
 from outbox.tables import CONSUMER_LENGTH
@@ -298,6 +300,10 @@ class Consumer:
 
     def _check_schema(self, connection: Any) -> None:
         check_schema(connection, self.outbox.tables)
+        kept = inbox_kept(connection, self.outbox.tables)
+        if kept is not None:
+            longest = self.retries.attempts * self.retries.backoff.most
+            Retention(inbox=kept).require(longest, f"the retries of consumer {self.name!r}")
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -13,9 +13,11 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from outbox import ConfigurationError
+from outbox import ConfigurationError, Consumer
+from outbox.backoff import Backoff
 from outbox.cleanup import Retention, sweep
 from outbox.cleanup.pace import Pace
+from outbox.consumer.retries import Retries
 from outbox.dialects import clock
 from tests.cleanup.past import DAY, KEEP, audited, buried, cleanup, handled, ids, tried, unsent
 from tests.relay.conftest import ON_EACH
@@ -239,3 +241,15 @@ def test_retention_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
 def test_a_retention_that_would_forget_too_soon_is_refused(inbox: Any) -> None:
     with pytest.raises(ConfigurationError, match="retention: inbox="):
         Retention(inbox=inbox)
+
+
+async def test_a_consumer_whose_retries_outlast_the_inbox_does_not_start(on_sqlite: Database) -> None:
+    cleanup(on_sqlite, Retention(inbox=3600)).run()
+    retries = Retries(attempts=10, backoff=Backoff(most=600))
+    consumer = Consumer("billing", on_sqlite.outbox, database=on_sqlite.url, transport="memory://late", retries=retries)
+    consumer.on("orders")(lambda payload: None)
+    with pytest.raises(
+        ConfigurationError, match="kept for 1 h 0 m, and the retries of consumer 'billing' can take 1 h 40 m"
+    ):
+        async with consumer:
+            pass
