@@ -39,6 +39,7 @@ BATCH = 1000
 WINDOW = 4000  # rows in flight at the most, pipelined
 ROWS = 200_000
 LONG, SHORT = 1_000_000, 10_000
+LONGEST = 60.0  # seconds of one drain
 
 outbox = Outbox()
 
@@ -185,6 +186,8 @@ from numbers
 
 class OnSqlite(Bench):
     name, reference = "sqlite", "bare_sqlite3"
+    wal = 0.0
+    """MB of the write-ahead log at the end of the last snapshot: it cannot be begun anew while that is held."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "outbox.db"
@@ -217,6 +220,7 @@ class OnSqlite(Bench):
         try:
             yield
         finally:
+            self.wal = self.file.with_name(self.file.name + "-wal").stat().st_size / 1e6
             connection.close()
 
 
@@ -291,10 +295,13 @@ async def connect(store: Store) -> None:
 
 
 async def in_turn(store: Store, rows: int) -> float:
+    """Seconds; after `LONGEST` it is broken off, and counted as if it had gone on like that."""
     start, left = time.perf_counter(), rows
     while left:
         found = await store.read(None, (), (), BATCH)
         left -= await store.settle(found)
+        if left and time.perf_counter() - start > LONGEST:
+            return (time.perf_counter() - start) * rows / (rows - left)
     return time.perf_counter() - start
 
 
@@ -377,6 +384,8 @@ def backlogs(report: Report, bench: Bench, repeat: int, scale: float) -> None:
         ratios = [a / b for a, b in zip(rates[name], rates[reference], strict=True)]
         beside = {"short": "backlog10000", "long": "without_snapshot"}[reference]
         report.figure(f"{figure}.{suffix}", rates[name], "rows/s", reference=beside, ratios=ratios)
+    if isinstance(bench, OnSqlite):
+        report.figure(f"stores.{bench.name}.wal.backlog1000000.snapshot_held", [bench.wal], "MB")
 
 
 def run(report: Report, *, repeat: int, scale: float) -> None:

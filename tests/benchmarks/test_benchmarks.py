@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(900)
-def test_each_benchmark_prints_one_json_object_a_figure(postgresql: object, kafka: object) -> None:
+def test_each_benchmark_prints_one_json_object_a_figure(postgresql: object, mariadb: object, kafka: object) -> None:
     # the fixtures only make sure that the servers can be had; the benchmark starts its own, with fsync
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "add", "relay", "stores", "--quick", "--repeat", "1", "--json"],
@@ -37,13 +37,17 @@ def test_each_benchmark_prints_one_json_object_a_figure(postgresql: object, kafk
         "stores.postgresql.read_delete.pipelined",
         "stores.postgresql.read_delete.backlog1000000",
         "stores.postgresql.read_delete.backlog1000000.snapshot_held",
+        "stores.mariadb.read_delete",
         "stores.sqlite.read_delete",
         "stores.aiosqlite.read_delete",
         "stores.transaction.psycopg.message",
         "stores.transaction.asyncpg.message",
+        "stores.transaction.pymysql.message",
+        "stores.transaction.asyncmy.message",
         "stores.transaction.sqlite3.message",
         "stores.transaction.postgresql.wal.message",
         "stores.postgresql.transactions.clients16.message",
+        "stores.mariadb.transactions.clients16.message",
     } <= figures.keys()
     for figure in figures.values():
         # what a message costs is a difference of two times, and in a run this quick it may come out below zero
