@@ -18,7 +18,10 @@ from psycopg import _connection_base
 
 from tests.relay.database import Database
 
-ALIASES = {"earlier": "outbox_attempt"}  # which plans of SQLite and MySQL name instead of their table
+ALIASES = {
+    "earlier": "outbox_attempt",
+    "m": "outbox_message",
+}  # which plans of SQLite and MySQL name instead of their table
 
 
 @dataclass
