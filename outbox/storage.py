@@ -33,8 +33,7 @@ _WAITING: Final[Settings] = {
     "autovacuum_vacuum_scale_factor": 0.01,
 }
 
-# Large, insert-mostly, removed by age. Counted by inserts too: vacuum is what takes new pages up into the BRIN index by time,
-# by which cleanup finds what is old.
+# Large, insert-mostly, removed by age. Counted by inserts too, so that what is to be frozen comes in small portions.
 _LOG: Final[Settings] = {
     "autovacuum_vacuum_threshold": 10_000,
     "autovacuum_vacuum_scale_factor": 0.01,

@@ -61,6 +61,29 @@ USES: Final[Mapping[str, tuple[Privilege, ...]]] = {
         Privilege("relay", "UPDATE"),
         Privilege("relay", "DELETE"),
     ),
+    "cleanup": (
+        *_CHECK,
+        Privilege("checkpoint", "INSERT"),
+        Privilege("checkpoint", "UPDATE"),
+        Privilege("message", "SELECT", ("position", "created_at")),  # whether something has waited for as long
+        Privilege("parked", "SELECT", ("position", "created_at")),
+        Privilege("attempt", "SELECT", ("consumer", "message_id")),
+        Privilege("sent", "SELECT"),
+        Privilege("sent", "UPDATE", ("sent_at",)),  # FOR UPDATE, here and below
+        Privilege("sent", "DELETE"),
+        Privilege("dead_letter", "SELECT"),
+        Privilege("dead_letter", "UPDATE", ("closed_at",)),
+        Privilege("dead_letter", "DELETE"),
+        Privilege("inbox", "SELECT"),
+        Privilege("inbox", "UPDATE", ("processed_at",)),
+        Privilege("inbox", "DELETE"),
+        Privilege("audit", "SELECT"),
+        Privilege("audit", "UPDATE", ("at",)),
+        Privilege("audit", "DELETE"),
+        Privilege("relay", "SELECT"),
+        Privilege("relay", "UPDATE", ("heartbeat_at",)),
+        Privilege("relay", "DELETE"),
+    ),
     "consume": (
         *_CHECK,
         *_ADD,  # messages that a handler adds or returns
@@ -102,7 +125,8 @@ USES: Final[Mapping[str, tuple[Privilege, ...]]] = {
         Privilege("inbox", "UPDATE"),
     ),
 }
-"""By what is done: ``add``, ``cancel``, ``claim`` of the `Outbox`, a relay, a consumer, ``outbox status | trace | dlq``."""
+"""By what is done: ``add``, ``cancel``, ``claim`` of the `Outbox`, a relay, the cleanup in it or ``outbox
+cleanup``, a consumer, ``outbox status | trace | dlq``."""
 
 # An insert that does nothing where the row is there is an update of its key to what it is, on MySQL; MariaDB wants the
 # right to update whatever is inserted then.
@@ -118,10 +142,11 @@ _SAID: Final = {
     "cancel": "an application that takes back what is scheduled (outbox.cancel)",
     "claim": "an application with a loop of its own (outbox.claim)",
     "relay": "outbox relay",
+    "cleanup": "outbox cleanup, and what a relay does of it in the background (or give it --no-cleanup)",
     "consume": "outbox consume (what its handlers write to is yours to grant)",
     "operate": "outbox status, trace, dlq",
 }
-_BY_DEFAULT: Final = {"add": "app", "relay": "relay", "consume": "consumer", "operate": "operator"}
+_BY_DEFAULT: Final = {"add": "app", "relay": "relay", "cleanup": "relay", "consume": "consumer", "operate": "operator"}
 _MYSQL: Final = ("mysql", "mariadb")
 
 

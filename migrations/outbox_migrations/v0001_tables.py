@@ -185,7 +185,7 @@ def _inbox(t: _Builder) -> sa.Table:
         sa.Column("cycle", sa.Integer(), nullable=False, server_default=sa.text("0")),
         sa.Column("processed_at", UtcDateTime(), nullable=False, server_default=now()),
         t.primary_key("inbox", "consumer", "message_id"),
-        t.index("inbox_processed_at", "processed_at", postgresql_using="brin"),
+        t.index("inbox_processed_at", "processed_at"),
     )
 
 
@@ -228,7 +228,7 @@ def _sent(t: _Builder) -> sa.Table:
         sa.Column("sent_at", UtcDateTime(), nullable=False, server_default=now()),
         t.primary_key("sent", "position"),
         t.index("sent_id", "id"),
-        t.index("sent_sent_at", "sent_at", postgresql_using="brin"),
+        t.index("sent_sent_at", "sent_at"),
     )
 
 

@@ -57,7 +57,7 @@ def test_dead_letters_are_those_of_the_app(shop: Shop) -> None:
 
 
 def test_migrate_finds_the_tables_as_they_are(shop: Shop) -> None:
-    assert flask_outbox(shop, "migrate").stdout == "outbox tables are at version 1, as they were\n"
+    assert flask_outbox(shop, "migrate").stdout == "outbox tables are at version 2, as they were\n"
 
 
 def test_the_outbox_of_a_bind_is_chosen_by_its_key(visits: Shop) -> None:
@@ -108,7 +108,7 @@ def test_flask_finds_the_commands_by_itself(tmp_path: Path) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("OUTBOX_")}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
 
-    assert flask("migrate").stdout == "outbox tables are at version 1 (ran 0001_tables)\n"
+    assert flask("migrate").stdout == "outbox tables are at version 2 (ran 0001_tables, 0002_storage_and_closed)\n"
     done = flask("status")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Nothing waits to be sent.")

@@ -15,6 +15,8 @@ from sqlalchemy.orm import Session
 from outbox import Consumer, DeadLetters, Drop, Outbox, Relay, Retry
 from outbox._message import Outgoing
 from outbox.backoff import Backoff
+from outbox.cleanup import Cleanup
+from outbox.observe.cleanup import RECORD
 from outbox.observe.status import status
 from outbox.observe.trace import trace
 from outbox.relay import Limits
@@ -22,6 +24,7 @@ from outbox.transport import Outcome
 from tests.relay.scripted import Scripted
 
 QUICK = Limits(poll=0.01, attempts=2, backoff=Backoff(first=0.01, factor=1.0, most=0.01))
+ITS = ("sent", "dead_letter", "inbox", "audit", "relay")  # what cleanup removes
 WITHIN = 40.0  # seconds, on a loaded machine
 
 
@@ -32,7 +35,9 @@ class Uses:
         self.outbox, self.owner, self.within = outbox, owner, WITHIN
 
     def all(self) -> dict[str, Callable[[sa.Engine], None]]:
-        return {name: getattr(self, name) for name in ("add", "cancel", "claim", "relay", "consume", "operate")}
+        return {
+            name: getattr(self, name) for name in ("add", "cancel", "claim", "relay", "cleanup", "consume", "operate")
+        }
 
     def count(self, name: str, *where: Any) -> int:
         table = getattr(self.outbox.tables, name)
@@ -41,7 +46,7 @@ class Uses:
 
     def empty(self) -> None:
         with self.owner.begin() as connection:
-            for name in ("message", "scheduled", "parked", "dead_letter", "audit", "inbox", "attempt"):
+            for name in (*ITS, "message", "scheduled", "parked", "attempt"):
                 connection.execute(sa.delete(getattr(self.outbox.tables, name)))
 
     # ------------------------------------------------------------ an application
@@ -98,6 +103,23 @@ class Uses:
             sent += Relay(self.outbox, database=engine, transport=Scripted(script), limits=QUICK).drain().sent
         assert (sent, self.count("dead_letter")) == (3, 3)
         assert self.count("relay") == 0
+
+    def cleanup(self, engine: sa.Engine) -> None:
+        tables, old = self.outbox.tables, dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
+        self._letter("billing")
+        with self.owner.begin() as connection:
+            connection.execute(tables.dead_letter.update().values(state="discarded", closed_at=old))
+            connection.execute(tables.inbox.update().values(processed_at=old))
+            for name, row in {
+                "sent": {"position": 1, "id": uuid.uuid4(), "topic": "orders", "sent_at": old},
+                "audit": {"action": "discard", "who": "w", "target": "t", "count": 1, "at": old},
+                "relay": {"owner": "gone", "host": "h", "version": "0", "heartbeat_at": old},
+            }.items():
+                connection.execute(getattr(tables, name).insert(), row)
+            connection.execute(tables.checkpoint.delete().where(tables.checkpoint.c.name == RECORD))
+        removed = Cleanup(self.outbox, database=engine).run().removed
+        assert removed == dict.fromkeys(ITS, 1)
+        assert Cleanup(self.outbox, database=engine).run().removed == {}
 
     # ------------------------------------------------------------ a consumer
 

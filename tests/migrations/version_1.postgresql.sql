@@ -108,7 +108,7 @@ CREATE TABLE outbox_inbox (
     CONSTRAINT outbox_inbox_pkey PRIMARY KEY (consumer, message_id)
 );
 
-CREATE INDEX outbox_inbox_processed_at_idx ON outbox_inbox USING brin (processed_at);
+CREATE INDEX outbox_inbox_processed_at_idx ON outbox_inbox (processed_at);
 
 CREATE TABLE outbox_attempt (
     consumer VARCHAR(128) NOT NULL, 
@@ -149,7 +149,7 @@ CREATE TABLE outbox_sent (
 
 CREATE INDEX outbox_sent_id_idx ON outbox_sent (id);
 
-CREATE INDEX outbox_sent_sent_at_idx ON outbox_sent USING brin (sent_at);
+CREATE INDEX outbox_sent_sent_at_idx ON outbox_sent (sent_at);
 
 CREATE TABLE outbox_lease (
     bucket SMALLINT NOT NULL, 
