@@ -73,8 +73,11 @@ test: $(VENV)/.dev ## Run all tests, on SQLAlchemy 2.1 and the core's on 2.0; st
 test-sa20: $(VENV_SA20)/.dev ## Run the tests of the core on SQLAlchemy 2.0
 	$(VENV_SA20)/bin/pytest $(PARALLEL) $(wildcard tests/unit tests/staging tests/raw/test_*connections.py) $(ARGS)
 
-# What holds on the databases of `make test` holds on the oldest and the newest.
-MATRIX := $(wildcard tests/stores tests/staging tests/migrations tests/relay tests/consumer tests/outages)
+# What holds on the databases of `make test` holds on the oldest and the newest. Of the relay and the consumer, what differs
+# from database to database: their processes, kills and brokers do not.
+MATRIX := $(wildcard tests/stores tests/staging tests/migrations tests/outages) \
+	$(wildcard $(addprefix tests/relay/test_,leases.py parking.py peers.py life.py at_random.py)) \
+	$(wildcard $(addprefix tests/consumer/test_,effect.py failures.py failure_texts.py replay.py))
 
 .PHONY: test-matrix
 test-matrix: $(VENV)/.dev ## Run what touches databases on PostgreSQL 14, on PostgreSQL 18 and on MySQL 9

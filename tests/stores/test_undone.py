@@ -15,7 +15,7 @@ from outbox.stores._run import TRIES
 from outbox.stores.engine import database_url
 from outbox.transport import Outcome
 from tests.relay.database import Database
-from tests.relay.running import QUICK
+from tests.relay.running import QUICK, eventually, running
 from tests.relay.scripted import Scripted
 from tests.services.waiting import wait_until
 
@@ -128,8 +128,9 @@ async def test_relays_on_an_engine_of_that_isolation_send_everything(on_postgres
 
     broker = Scripted(script)
     ids = on_postgresql.add(*(f"k{n % 7}" for n in range(200)))
-    done = await Relay(on_postgresql.outbox, database=engine, transport=broker, limits=QUICK).adrain()
-    assert (done.sent, done.dead) == (200, 0)
-    assert sorted(broker.ids()) == sorted(ids)
-    assert on_postgresql.count() == on_postgresql.count("parked") == 0
+    async with running(Relay(on_postgresql.outbox, database=engine, transport=broker, limits=QUICK)) as relay:
+        await eventually(lambda: len(broker.stored) == 200)
+        await eventually(lambda: on_postgresql.count() == on_postgresql.count("parked") == 0)
     engine.dispose()
+    assert relay.counts.dead == 0
+    assert sorted(broker.ids()) == sorted(ids)
