@@ -6,7 +6,7 @@ import sys
 
 from benchmarks.figures import Report
 
-NAMES = ("add", "relay", "stores")
+NAMES = ("add", "relay", "stores", "cleanup")
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def test_each_benchmark_prints_one_json_object_a_figure(postgresql: object, mariadb: object, kafka: object) -> None:
     # the fixtures only make sure that the servers can be had; the benchmark starts its own, with fsync
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "add", "relay", "stores", "--quick", "--repeat", "1", "--json"],
+        [sys.executable, "-m", "benchmarks", "add", "relay", "stores", "cleanup", "--quick", "--repeat", "1", "--json"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -48,6 +48,9 @@ def test_each_benchmark_prints_one_json_object_a_figure(postgresql: object, mari
         "stores.transaction.postgresql.wal.message",
         "stores.postgresql.transactions.clients16.message",
         "stores.mariadb.transactions.clients16.message",
+        "stores.postgresql.cleanup.relay.beside",
+        "stores.postgresql.cleanup.consumer.beside",
+        "stores.postgresql.cleanup.rows1000000",
     } <= figures.keys()
     for figure in figures.values():
         # what a message costs is a difference of two times, and in a run this quick it may come out below zero
