@@ -42,11 +42,11 @@ class Cutter:
         self.url = urlunsplit(parts._replace(netloc=f"{user}127.0.0.1:{started.result(10)}"))
 
     def arm(self, statement: str, when: When, times: int = 1) -> None:
-        """Cut at each of the next ``times`` statements that have this in them, in any case (``commit`` is not in
+        """Cut at each of the next ``times`` statements that match this pattern somewhere, in any case (``commit`` is not in
         ``set autocommit``). The text must be short enough to come in one piece."""
         with self._lock:
             self.cut.clear()
-            self._armed = [(re.compile(rb"(?<!auto)" + re.escape(statement.encode()), re.IGNORECASE), when)] * times
+            self._armed = [(re.compile(rb"(?<!auto)" + statement.encode(), re.IGNORECASE), when)] * times
 
     def close(self) -> None:
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)

@@ -13,12 +13,14 @@ from tests.relay.database import Database
 from tests.relay.running import eventually, relay, running
 from tests.relay.scripted import Scripted
 
+# MySQL is told the index: `delete t from … t force index (primary) where …`
+DELETE = r"delete( \w+)? from {}\b"
 STEPS = {
     "reading": "select position",
-    "settling": "delete from outbox_message where position",
+    "settling": DELETE.format("outbox_message"),
     "renewing the leases": "update outbox_lease set expires_at",
     "parking": "insert into outbox_parked",
-    "releasing what was parked": "delete from outbox_parked",
+    "releasing what was parked": DELETE.format("outbox_parked"),
     "giving up": "insert into outbox_dead_letter",
     "committing": "commit",
 }
