@@ -43,7 +43,8 @@ def _database(kind: str, server: DatabaseServer) -> Iterator[RawShop]:
 
 @contextmanager
 def _shop(kind: str, url: str) -> Iterator[RawShop]:
-    engine = sa.create_engine(sa.make_url(url).set(drivername=ENGINES[kind]))
+    # asked before use: another test of this process may have killed the server in between
+    engine = sa.create_engine(sa.make_url(url).set(drivername=ENGINES[kind]), pool_pre_ping=True)
     Base.metadata.create_all(engine)
     yield RawShop(engine, url)
     engine.dispose()
