@@ -61,7 +61,7 @@ CREATE TABLE outbox_dead_letter (
     cycle INTEGER NOT NULL, 
     topic VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin NOT NULL, 
     `partition` INTEGER, 
-    offset BIGINT, 
+    `offset` BIGINT, 
     bucket SMALLINT, 
     `key` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin, 
     raw_key LONGBLOB, 
@@ -116,7 +116,7 @@ CREATE TABLE outbox_attempt (
     cycle INTEGER NOT NULL DEFAULT 0, 
     topic VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin NOT NULL, 
     `partition` INTEGER, 
-    offset BIGINT, 
+    `offset` BIGINT, 
     `key` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin, 
     sequence BIGINT, 
     attempts INTEGER NOT NULL DEFAULT 0, 
@@ -142,7 +142,7 @@ CREATE TABLE outbox_sent (
     id CHAR(36) CHARACTER SET ascii COLLATE ascii_general_ci NOT NULL, 
     topic VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin NOT NULL, 
     `partition` INTEGER, 
-    offset BIGINT, 
+    `offset` BIGINT, 
     sent_at DATETIME(6) NOT NULL DEFAULT (utc_timestamp(6)), 
     CONSTRAINT outbox_sent_pkey PRIMARY KEY (position)
 );

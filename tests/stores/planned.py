@@ -160,7 +160,7 @@ def _on_mysql(database: Database, _: pytest.MonkeyPatch, statements: list[Statem
             if "outbox_" not in text or not re.match(r"\s*(select|insert|update|delete|with)\b", text, re.IGNORECASE):
                 continue
             statements.append(Statement(text))
-            for row in connection.exec_driver_sql(f"explain {text}").mappings():
+            for row in connection.exec_driver_sql(f"explain format=traditional {text}").mappings():
                 if int(row["rows"] or 0):  # else nothing is read: the row that an INSERT writes
                     table = ALIASES.get(row["table"], row["table"])
                     whole = row["type"] == "ALL"
