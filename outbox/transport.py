@@ -27,6 +27,9 @@ class Capabilities:
     """`Subscription.retry` can wait in the broker, without holding up the deliveries behind it."""
     native_dead_letters: bool = False
     """`Subscription.reject` moves the message to a dead-letter queue of the broker's own."""
+    history: bool = True
+    """A new group starts at the earliest message. Else it gets what is sent after it first subscribed, and a message that
+    no group would get is `unavailable`."""
     transactions: bool = False
     """Publishing can be exactly-once for readers that ask for it."""
     keeps_keys: bool = True
@@ -166,7 +169,8 @@ class Transport(Protocol):
     ) -> Subscription:
         """Join ``group``. At most ``window`` deliveries (rows) are out without an ack, and of one partition no more than that
         without a commit. ``member`` makes the membership static: a restart under that name gets its partitions back at
-        once. A new group starts at the earliest message. Raises `Unavailable`, also for a topic that does not exist."""
+        once. A new group starts at the earliest message (see `Capabilities.history`). Raises `Unavailable`, also for a topic
+        that does not exist."""
         ...
 
     async def declare(self, topics: Sequence[str], *, partitions: int | None = None) -> None:

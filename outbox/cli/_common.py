@@ -183,5 +183,6 @@ def log_to_stderr(verbose: bool) -> None:
         format="%(asctime)s %(levelname)-7s %(name)s %(message)s",
         stream=sys.stderr,
     )
-    for name in ("aiokafka", "kafka"):  # our own lines say what matters of it
-        logging.getLogger(name).setLevel(logging.ERROR if not verbose else logging.INFO)
+    # our own lines say what matters of it; to pika every lost connection is an error, in several lines
+    for name, level in (("aiokafka", logging.ERROR), ("kafka", logging.ERROR), ("pika", logging.CRITICAL)):
+        logging.getLogger(name).setLevel(level if not verbose else logging.INFO)

@@ -68,6 +68,8 @@ class Conformance:
     partitions: int = 4
     notices_namesakes: bool = True
     """Of two processes that join as one static member, all but one are told so."""
+    shares: bool = True
+    """Two members of a group have a part of the messages each. False where one has all of them and the others stand by."""
     missing_topics: bool = True
     """A topic that nobody declared is `unavailable`. False where it comes into being when it is written to."""
 
@@ -96,14 +98,20 @@ class Conformance:
         return opened()
 
     @pytest_asyncio.fixture
-    async def topic(self, transport: Transport) -> str:
+    async def topic(self, transport: Transport, group: str) -> str:
         name = f"conformance-{uuid.uuid4().hex[:12]}"
         await transport.declare([name], partitions=self.partitions)
+        await self.known(transport, [name], group)
         return name
 
     @pytest.fixture
     def group(self) -> str:
         return f"group-{uuid.uuid4().hex[:12]}"
+
+    async def known(self, transport: Transport, topics: Sequence[str], group: str) -> None:
+        """Have the group get what is sent from now on, where it would not get what was sent before."""
+        if not transport.capabilities.history:
+            await (await transport.subscribe(topics, group, window=1)).close()
 
     async def send(self, transport: Transport, messages: Sequence[Outgoing]) -> None:
         """Publish in one call; all of it must be sent."""

@@ -15,9 +15,12 @@ from outbox.transport import Delivery, Subscription, Transport
 
 class Groups(Conformance):
     async def test_every_group_gets_every_message(self, transport: Transport, topic: str, group: str) -> None:
+        names = (f"{group}-a", f"{group}-b")
+        for name in names:
+            await self.known(transport, [topic], name)
         sent = numbered(topic, 100)
         await self.send(transport, sent)
-        for name in (f"{group}-a", f"{group}-b"):
+        for name in names:
             subscription = await transport.subscribe([topic], name, window=200)
             assert sorted(ids(await self.read(subscription, 100))) == sorted(m.id for m in sent)
 
@@ -31,6 +34,8 @@ class Groups(Conformance):
     async def test_two_members_share_the_messages(
         self, opened: Open, transport: Transport, topic: str, group: str
     ) -> None:
+        if not self.shares:
+            pytest.skip("one member has all messages, the others stand by")
         first = await transport.subscribe([topic], group, window=1000)
         second = await opened().subscribe([topic], group, window=1000)
         got: dict[Subscription, list[Delivery]] = {first: [], second: []}

@@ -161,6 +161,7 @@ class Publishing(Conformance):
         assert missing in complaint
         await transport.declare([topic, missing], partitions=1)
         assert await transport.check([topic, missing]) == []
+        await self.known(transport, [missing], group)
         await self.send(transport, [message(missing, "k")])
 
     async def test_nothing_overtakes_a_message_that_was_not_sent(

@@ -14,13 +14,14 @@ from outbox.transports._url import parse, redacted
 __all__ = ["open_transport", "redacted"]
 
 ENTRY_POINTS: Final = "outbox.transports"
-_PLANNED: Final = {"amqp": "RabbitMQ", "amqps": "RabbitMQ", "sqs": "Amazon SQS"}
+_PLANNED: Final = {"sqs": "Amazon SQS"}
 
 
 def open_transport(url: str | Transport) -> Transport:
     """The transport of a URL; a `Transport` comes back as it is. Nothing is connected yet.
 
-    ``kafka://host:9092,host:9092?…``, ``local:///path/to/file.db``, ``local:file.db``, ``memory://name``, and whatever
+    ``kafka://host:9092,host:9092?…``, ``amqp://user:password@host/vhost?…``, ``local:///path/to/file.db``,
+    ``local:file.db``, ``memory://name``, and whatever
     installed packages offer. Raises `ConfigurationError` for an unknown scheme or parameter, listing the known ones, and
     `MissingExtra` where the driver is not installed. No error holds a password.
     """
@@ -47,6 +48,16 @@ def _kafka(url: str) -> Transport:
     return from_url(parse(url))
 
 
+def _rabbitmq(url: str) -> Transport:
+    try:
+        from outbox.transports.rabbitmq import from_url
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "pika":
+            raise
+        raise MissingExtra("amqp:// needs pika, which is not installed: pip install 'pyoutbox[rabbitmq]'") from error
+    return from_url(parse(url))
+
+
 def _local(url: str) -> Transport:
     from outbox.transports.local import from_url
 
@@ -59,7 +70,13 @@ def _memory(url: str) -> Transport:
     return from_url(parse(url))
 
 
-_BUILT_IN: Final[dict[str, Callable[[str], Transport]]] = {"kafka": _kafka, "local": _local, "memory": _memory}
+_BUILT_IN: Final[dict[str, Callable[[str], Transport]]] = {
+    "amqp": _rabbitmq,
+    "amqps": _rabbitmq,
+    "kafka": _kafka,
+    "local": _local,
+    "memory": _memory,
+}
 
 
 def _from_entry_point(scheme: str, url: str) -> Transport:

@@ -324,8 +324,10 @@ def test_a_schema_that_does_not_exist_is_named_by_migrate(postgres: Shop) -> Non
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("carrier-pigeon://loft", ["carrier-pigeon: there is no such transport", "kafka, local, memory"]),
-        ("amqp://guest@127.0.0.1", ["amqp: RabbitMQ is not supported by this version"]),
+        ("carrier-pigeon://loft", ["carrier-pigeon: there is no such transport", "amqp, amqps, kafka, local, memory"]),
+        ("sqs://eu-central-1", ["sqs: Amazon SQS is not supported by this version"]),
+        ("amqp://guest@127.0.0.1", ["amqp: a user name and a password go together"]),
+        (f"amqp://app:{PASSWORD}@127.0.0.1?heartbeat=0", ["heartbeat='0': must be a whole number from 1"]),
         ("broker:9092/topic", ["there is no such transport"]),
         (f"kafka://app:{PASSWORD}@127.0.0.1:9092?pasword={PASSWORD}", ["no URL parameter pasword"]),
         ("kafka://app:***@127.0.0.1:9092", ["password is ***"]),

@@ -17,20 +17,28 @@ from tests.services.mariadb import MariadbServer
 from tests.services.mysql import mariadb_or_its_stand_in
 from tests.services.pgbouncer import Pgbouncer, PgbouncerServer
 from tests.services.postgresql import Postgresql, PostgresqlServer
+from tests.services.rabbitmq import Rabbitmq, RabbitmqServer
 from tests.services.service import DatabaseServer, NotOurs, Options, Server, Service, StartFailed, Unavailable
 from tests.services.standby import Standby
 
 POSTGRESQL = Postgresql(os.environ.get("OUTBOX_TEST_POSTGRESQL_VERSION"))
 MARIADB = mariadb_or_its_stand_in(os.environ.get("OUTBOX_TEST_MARIADB"))
 KAFKA = Kafka()
+RABBITMQ = Rabbitmq()
 
 # By the names of their fixtures, which are the services' own but for MariaDB's stand-in.
-SERVICES: dict[str, Service[Any]] = {"postgresql": POSTGRESQL, "mariadb": MARIADB, "kafka": KAFKA}
+SERVICES: dict[str, Service[Any]] = {
+    "postgresql": POSTGRESQL,
+    "mariadb": MARIADB,
+    "kafka": KAFKA,
+    "rabbitmq": RABBITMQ,
+}
 
 __all__ = [
     "KAFKA",
     "MARIADB",
     "POSTGRESQL",
+    "RABBITMQ",
     "SERVICES",
     "DatabaseServer",
     "MariadbServer",
@@ -39,6 +47,8 @@ __all__ = [
     "Pgbouncer",
     "PgbouncerServer",
     "PostgresqlServer",
+    "Rabbitmq",
+    "RabbitmqServer",
     "Server",
     "Service",
     "Standby",

@@ -75,6 +75,14 @@ class Container:
     def state(self) -> dict[str, Any]:
         return {"container": self._container.id}
 
+    def run(self, *command: str) -> str:
+        """Run a command inside; returns what it printed."""
+        status, output = self._container.exec_run(list(command))
+        text: str = output.decode(errors="replace")
+        if status:
+            raise RuntimeError(f"{command[0]} failed with status {status}: {text}")
+        return text
+
     @classmethod
     def adopt(cls, state: dict[str, Any]) -> Container:
         """Control over the detached container that another process described with `state`."""

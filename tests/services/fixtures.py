@@ -18,12 +18,14 @@ from tests.services import (
     KAFKA,
     MARIADB,
     POSTGRESQL,
+    RABBITMQ,
     SERVICES,
     DatabaseServer,
     MariadbServer,
     Pgbouncer,
     PgbouncerServer,
     PostgresqlServer,
+    RabbitmqServer,
     Server,
     Service,
     Standby,
@@ -241,6 +243,27 @@ def killable_kafka(own_servers: OwnServers, kafka: Server) -> Iterator[Server]:
     Not always the server of `kafka_url`: its address is its `url`.
     """
     yield from own_servers.lend(KAFKA, kafka)
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(pytestconfig: pytest.Config) -> Iterator[RabbitmqServer]:
+    """A running RabbitMQ, shared by the session. Tests that kill it take `killable_rabbitmq`."""
+    yield from _session(pytestconfig, RABBITMQ)
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_url(rabbitmq: RabbitmqServer) -> str:
+    """RabbitMQ's address as `amqp://guest:guest@host:port`."""
+    return rabbitmq.url
+
+
+@pytest.fixture
+def killable_rabbitmq(own_servers: OwnServers, rabbitmq: RabbitmqServer) -> Iterator[RabbitmqServer]:
+    """A RabbitMQ that the test may stop, kill, pause and restart; it answers again after the test.
+
+    Not always the server of `rabbitmq_url`: its address is its `url`.
+    """
+    yield from own_servers.lend(RABBITMQ, rabbitmq)
 
 
 @pytest.fixture

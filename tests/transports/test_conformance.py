@@ -32,3 +32,17 @@ class TestKafka(TransportConformance):
     @pytest.fixture
     def transport_url(self, kafka_url: str) -> str:
         return f"{kafka_url}?session_timeout_ms=6000"  # the least that brokers allow
+
+
+class TestRabbitmq(TransportConformance):
+    shares = False
+
+    @pytest.fixture
+    def transport_url(self, rabbitmq_url: str) -> str:
+        return f"{rabbitmq_url}?auto_create=no&max_message_bytes=20000"
+
+
+class TestRabbitmqInPartitions(TransportConformance):
+    @pytest.fixture
+    def transport_url(self, rabbitmq_url: str) -> str:
+        return f"{rabbitmq_url}?auto_create=no&max_message_bytes=20000&partitions=4"

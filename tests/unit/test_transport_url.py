@@ -25,6 +25,8 @@ from outbox.transports.memory import forget
 def test_the_scheme_chooses(tmp_path: Path) -> None:
     assert open_transport("kafka://broker:9092").name == "kafka"
     assert open_transport("KAFKA://broker").name == "kafka"
+    assert open_transport("amqp://broker").name == "rabbitmq"
+    assert open_transport("amqps://broker/vhost").name == "rabbitmq"
     assert open_transport(f"local://{tmp_path}/log.db").name == "local"
     assert open_transport("memory:").name == "memory"
 
@@ -39,15 +41,16 @@ def test_whatever_else_is_refused() -> None:
         open_transport(5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("url", ["amqp://guest:guest@broker/", "amqps://broker", "sqs://eu-central-1/"])
+@pytest.mark.parametrize("url", ["sqs://eu-central-1/"])
 def test_transports_that_are_planned_say_so(url: str) -> None:
-    with pytest.raises(ConfigurationError, match="not supported by this version") as caught:
+    with pytest.raises(ConfigurationError, match="not supported by this version"):
         open_transport(url)
-    assert "guest:guest" not in str(caught.value)
 
 
 def test_an_unknown_scheme_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigurationError, match="pigeon: there is no such transport; known are kafka, local, memory"):
+    with pytest.raises(
+        ConfigurationError, match="pigeon: there is no such transport; known are amqp, amqps, kafka, local, memory"
+    ):
         open_transport("pigeon://loft")
 
 
@@ -251,7 +254,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, *entries: EntryPoint) -> None:
 def test_a_package_can_bring_a_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, EntryPoint("pigeon", f"{__name__}:pigeon", "outbox.transports"))
     assert open_transport("pigeon://loft").name == "memory"
-    with pytest.raises(ConfigurationError, match="known are kafka, local, memory, pigeon"):
+    with pytest.raises(ConfigurationError, match="known are amqp, amqps, kafka, local, memory, pigeon"):
         open_transport("owl://tower")
 
 

@@ -1,0 +1,423 @@
+"""Publishing with pipelined confirms: every message is `sent` by the broker's own word, or it is not sent.
+
+Each topic has a channel of its own, because what the broker holds against one message (a missing exchange, a permission)
+ends its channel and with it all that was under way there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from pika import exceptions
+
+from outbox import wire
+from outbox._message import Outgoing
+from outbox.errors import EncodingError, MessageTooLarge, OutboxError, Refused, Unavailable
+from outbox.transport import SENT, Outcome
+from outbox.transports import _rabbitmq_link as link_
+from outbox.transports._rabbitmq_link import ERRORS, FRAME_MAX, Channel, Link, Properties, connect
+from outbox.transports._rabbitmq_settings import Settings
+from outbox.transports._rabbitmq_topology import NAME_BYTES, refusal, require_exchange, wrong_name
+
+PERSISTENT: Final = 2
+GRACE: Final = 1.0
+"""Seconds that a message may still be confirmed after the broker has said that it takes no more."""
+CHANNELS: Final = 200
+"""Of topics, open at the same time; idle ones make room."""
+HEADERS_BYTES: Final = FRAME_MAX - 4096
+"""Of all headers of a message, which have to fit into one frame beside the properties."""
+
+_LIMIT: Final = re.compile(r"larger than configured max size (\d+)")
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One call of `publish`, or a part of it: what became of each message, and when all is known."""
+
+    messages: Sequence[Outgoing]
+    outcomes: list[Outcome | None]
+    left: int
+    """Messages without an outcome."""
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @classmethod
+    def of(cls, messages: Sequence[Outgoing]) -> Call:
+        return cls(messages, [None] * len(messages), len(messages))
+
+    def settle(self, at: int, outcome: Outcome) -> None:
+        """The first word counts: a returned message is confirmed afterwards all the same."""
+        if self.outcomes[at] is None:
+            self.outcomes[at] = outcome
+            self.left -= 1
+            if not self.left:
+                self.done.set()
+
+
+Slot = tuple[Call, int]
+"""A message that waits for its confirm."""
+
+
+class Confirmed:
+    """A channel in confirm mode, and what is under way on it."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.waiting: dict[int, Slot] = {}
+        """By delivery tag, in order."""
+        self._next = 1
+        self._lowest = 1
+        """No lower tag is waiting."""
+        self._returned = 1
+        """Returns come in the order of publishing: no lower tag will be returned."""
+        self.limit: int | None = None
+        """Bytes of a payload, once the broker has refused a larger one and ended the channel."""
+
+    @classmethod
+    async def open(cls, link: Link) -> Confirmed:
+        """Raises pika's errors and TimeoutError."""
+        channel = await link.channel()
+        found = cls(channel)
+        channel.on_lost = found._lost
+        channel.pika.add_on_return_callback(found._on_return)
+        await channel.call(channel.pika.confirm_delivery, found._on_confirm)
+        return found
+
+    def publish(self, exchange: str, routing_key: str, body: bytes, properties: Any, slot: Slot) -> None:
+        """Hand one message to the socket. Raises pika's errors where the channel is closed, or the message cannot be
+        written; then it is not."""
+        self.channel.pika.basic_publish(exchange, routing_key, body, properties, mandatory=True)
+        self.waiting[self._next] = slot
+        self._next += 1
+
+    def _on_confirm(self, found: Any) -> None:
+        method = found.method
+        acked = method.INDEX == _ACK
+        tag = method.delivery_tag
+        waiting = self.waiting
+        if not method.multiple:
+            slot = waiting.pop(tag, None)
+            if slot is not None:
+                self._settle(slot, acked)
+            return
+        for lower in range(self._lowest, tag + 1):
+            slot = waiting.pop(lower, None)
+            if slot is not None:
+                self._settle(slot, acked)
+        self._lowest = max(self._lowest, tag + 1)
+
+    def _settle(self, slot: Slot, acked: bool) -> None:
+        call, at = slot
+        if acked:
+            call.settle(at, SENT)
+            return
+        topic = call.messages[at].topic
+        error = Unavailable(
+            f"rabbitmq: topic {topic!r}: the broker did not take a message: one of its queues is full, or has no leader"
+        )
+        call.settle(at, Outcome.unavailable(str(error), error, scope="topic"))
+
+    def _on_return(self, _: object, method: Any, properties: Any, __: bytes) -> None:
+        """Nobody would get it. Comes before its confirm, and names no tag."""
+        for tags in (range(self._returned, self._next), range(self._lowest, self._returned)):
+            for tag in tags:
+                slot = self.waiting.get(tag)
+                if slot is not None and slot[0].messages[slot[1]].id == properties.message_id:
+                    self._returned = tag + 1
+                    call, at = slot
+                    error = unroutable(call.messages[at].topic, method)
+                    call.settle(at, Outcome.unavailable(str(error), error, scope="topic"))
+                    return
+
+    def _lost(self, reason: BaseException) -> None:
+        """What had no confirm is not sent, as far as anybody knows."""
+        slots = list(self.waiting.values())
+        self.waiting.clear()
+        scope_is_topic = isinstance(reason, exceptions.ChannelClosedByBroker)
+        said = _LIMIT.search(link_.text(reason)) if scope_is_topic else None
+        if said is not None:
+            self.limit = int(said[1])
+        for call, at in slots:
+            message = call.messages[at]
+            if self.limit is not None and len(message.payload or b"") > self.limit:
+                call.settle(at, _too_large(message, self.limit))
+                continue
+            what = f"topic {message.topic!r} cannot be written to" if scope_is_topic else "the connection was lost"
+            error = refusal(reason, what)
+            if not isinstance(error, Unavailable):
+                error = Unavailable(str(error))
+            call.settle(at, Outcome.unavailable(str(error), error, _scope(scope_is_topic)))
+
+
+_ACK: Final = 0x003C0050
+
+
+def unroutable(topic: str, method: Any) -> Unavailable:
+    return Unavailable(
+        f"rabbitmq: topic {topic!r}: no queue is bound to exchange {method.exchange!r} for routing key "
+        f"{method.routing_key!r}, so nobody would get the message; start its consumers (a group's queue is made when it "
+        "first subscribes), or bind a queue"
+    )
+
+
+class Publisher:
+    """All publishing of one transport. Belongs to one event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._link: Link | None = None
+        self._connecting = asyncio.Lock()
+        self._opening: dict[str, asyncio.Lock] = {}
+        self._channels: dict[str, Confirmed] = {}
+        self._limit = settings.max_message_bytes
+        self._under_way: set[Call] = set()
+        self._to_connect: asyncio.Task[Link] | None = None
+        self._closed = False
+        self._aborted = False
+
+    async def publish(self, batch: Sequence[Outgoing]) -> list[Outcome]:
+        call = Call.of(batch)
+        ready = self._encode(call)
+        if ready:
+            self._under_way.add(call)
+            try:
+                async with asyncio.timeout(self._settings.delivery_timeout):
+                    await self._send(call, ready)
+                    if call.left:
+                        await call.done.wait()
+            except TimeoutError:
+                await self._give_up(call)
+            finally:
+                self._under_way.discard(call)
+        return [outcome if outcome is not None else _unknown() for outcome in call.outcomes]
+
+    # ---- what is sent
+
+    def _encode(self, call: Call) -> dict[str, list[tuple[int, str, bytes, Any]]]:
+        """By topic, in order: what can be refused is refused before anything is sent."""
+        ready: dict[str, list[tuple[int, str, bytes, Any]]] = {}
+        limit, routing_key_of = self._limit, self._settings.routing_key_of
+        for at, message in enumerate(call.messages):
+            _, id, topic, key, type, payload, content_type, headers, _ = message
+            body = payload or b""
+            try:
+                table = wire.as_text(message)
+                routing_key = routing_key_of(topic, key, type)
+                if len(body) > limit:
+                    call.settle(at, _too_large(message, limit))
+                    continue
+                if headers or len(routing_key) > 60:
+                    _check(message, table, routing_key)
+            except (EncodingError, OutboxError, UnicodeError, ValueError) as error:
+                call.settle(at, _rejected(message, error))
+                continue
+            properties = Properties(
+                content_type=content_type if content_type is None or len(content_type) < 60 else None,
+                headers=table,
+                delivery_mode=PERSISTENT,
+                message_id=id,
+                type=type if type is None or len(type) < 60 else None,
+            )
+            entry = (at, routing_key, body, properties)
+            if topic in ready:
+                ready[topic].append(entry)
+            else:
+                ready[topic] = [entry]
+        return ready
+
+    async def _send(self, call: Call, ready: dict[str, list[tuple[int, str, bytes, Any]]]) -> None:
+        try:
+            link = await self._connected()
+            if link.blocked is not None:
+                raise _blocked(link)
+        except OutboxError as error:
+            outcome = Outcome.unavailable(str(error), error)
+            for entries in ready.values():
+                _settle(call, entries, outcome)
+            return
+        for topic, entries in ready.items():
+            try:
+                confirmed = await self._channel(topic)
+            except Refused as error:
+                _settle(call, entries, Outcome.reject(str(error), error))
+            except OutboxError as error:
+                _settle(call, entries, Outcome.unavailable(str(error), error, _scope(link.is_open)))
+            else:
+                self._write(call, topic, entries, confirmed)
+
+    def _write(self, call: Call, topic: str, entries: list[tuple[int, str, bytes, Any]], confirmed: Confirmed) -> None:
+        exchange = self._settings.exchange_of(topic)
+        publish = confirmed.publish
+        for number, (at, routing_key, body, properties) in enumerate(entries):
+            try:
+                publish(exchange, routing_key, body, properties, (call, at))
+            except (exceptions.ShortStringTooLong, exceptions.UnsupportedAMQPFieldException) as error:
+                call.settle(at, _rejected(call.messages[at], error))
+            except exceptions.AMQPError as error:
+                mapped = link_.unavailable(error, "the connection was lost")
+                _settle(call, entries[number:], Outcome.unavailable(str(mapped), mapped))
+                return
+
+    # ---- through what
+
+    async def _connected(self) -> Link:
+        """Raises `OutboxError`."""
+        async with self._connecting:
+            if self._closed:
+                raise Unavailable("rabbitmq: this transport is closed")
+            if self._link is None or not self._link.is_open:
+                self._channels.clear()
+                connecting = self._to_connect = asyncio.create_task(connect(self._settings, "publishing"))
+                try:
+                    self._link = await connecting
+                except asyncio.CancelledError:
+                    if connecting.cancelled() and self._aborted:
+                        raise Unavailable("rabbitmq: this transport is closed") from None
+                    connecting.cancel()
+                    raise
+                self._link.on_blocked = self._on_blocked
+            return self._link
+
+    async def _channel(self, topic: str) -> Confirmed:
+        """The topic's channel. Raises `OutboxError`, `Refused` where no topic can be called so."""
+        found = self._channels.get(topic)
+        if found is not None and found.channel.is_open:
+            return found
+        async with self._opening.setdefault(topic, asyncio.Lock()):
+            try:
+                found = self._channels.get(topic)
+                if found is None or not found.channel.is_open:
+                    found = await self._open_channel(topic)
+                return found
+            finally:
+                self._opening.pop(topic, None)
+
+    async def _open_channel(self, topic: str) -> Confirmed:
+        exchange = self._settings.exchange_of(topic)
+        wrong = wrong_name(exchange)
+        if wrong is not None:
+            raise Refused(f"rabbitmq: {topic!r} can be no topic: the exchange's name {wrong}")
+        link = await self._connected()
+        known = self._channels.get(topic)
+        if known is not None and known.limit is not None:
+            self._limit = min(self._limit, known.limit)
+        try:
+            await require_exchange(link, topic)
+            await self._make_room()
+            found = self._channels[topic] = await Confirmed.open(link)
+        except ERRORS as error:
+            raise refusal(error, f"topic {topic!r} cannot be written to") from error
+        return found
+
+    async def _make_room(self) -> None:
+        if len(self._channels) < CHANNELS:
+            return
+        for topic, confirmed in list(self._channels.items()):
+            if not confirmed.waiting:
+                del self._channels[topic]
+                await confirmed.channel.close()
+                return
+
+    # ---- when there is no answer
+
+    def _on_blocked(self) -> None:
+        asyncio.get_running_loop().call_later(GRACE, self._still_blocked)
+
+    def _still_blocked(self) -> None:
+        link = self._link
+        if link is None or link.blocked is None:
+            return
+        error = _blocked(link)
+        outcome = Outcome.unavailable(str(error), error)
+        for call in list(self._under_way):
+            _settle(call, ((at,) for at, known in enumerate(call.outcomes) if known is None), outcome)
+
+    async def _give_up(self, call: Call) -> None:
+        """Time is up. If the broker answers otherwise, it is the topics; else it is the connection."""
+        seconds = f"within {self._settings.delivery_timeout:g} s"
+        topics = {call.messages[at].topic for at, known in enumerate(call.outcomes) if known is None}
+        link = self._link
+        answers = link is not None and link.is_open and link.blocked is None
+        for topic in topics:
+            confirmed = self._channels.get(topic)
+            if answers and confirmed is not None:
+                del self._channels[topic]
+                answers = await confirmed.channel.close()
+        if not answers and link is not None and link.blocked is None:
+            link.hang_up()
+        said = " (have its queues lost their quorum?)" if answers else ""
+        for at, known in enumerate(call.outcomes):
+            if known is None:
+                topic = call.messages[at].topic
+                error = Unavailable(f"rabbitmq: topic {topic!r}: not confirmed {seconds}{said}")
+                call.settle(at, Outcome.unavailable(str(error), error, _scope(answers)))
+
+    async def close(self, *, abort: bool) -> None:
+        self._closed = True
+        if not abort and self._under_way:
+            waiting = [asyncio.create_task(call.done.wait()) for call in self._under_way]
+            await asyncio.wait(waiting, timeout=self._settings.delivery_timeout)
+            for task in waiting:
+                task.cancel()
+        self._aborted = True
+        if self._to_connect is not None:
+            self._to_connect.cancel()
+        if self._link is not None:
+            await (self._link.abort() if abort else self._link.close())
+
+
+def _scope(of_the_topic: bool) -> Literal["transport", "topic"]:
+    return "topic" if of_the_topic else "transport"
+
+
+def _settle(call: Call, entries: Iterable[tuple[Any, ...]], outcome: Outcome) -> None:
+    for at, *_ in entries:
+        call.settle(at, outcome)
+
+
+def _check(message: Outgoing, table: dict[str, str], routing_key: str) -> None:
+    """What AMQP cannot carry."""
+    size = 0
+    for name, value in table.items():
+        raw = len(name.encode())
+        if not 0 < raw <= NAME_BYTES:
+            raise Refused(f"a header's name has {raw} bytes; AMQP has room for 1 to {NAME_BYTES}")
+        size += raw + len(value.encode()) + 6
+    if size > HEADERS_BYTES:
+        raise MessageTooLarge(
+            f"rabbitmq: message {message.id} for {message.topic!r} has {size} bytes of headers, which have to fit into "
+            f"one frame: {HEADERS_BYTES}"
+        )
+    if len(routing_key.encode()) > NAME_BYTES:
+        raise Refused(f"its routing key is longer than {NAME_BYTES} bytes")
+
+
+def _rejected(message: Outgoing, error: BaseException) -> Outcome:
+    if not isinstance(error, MessageTooLarge):
+        refused = Refused(f"rabbitmq: message {message.id} for {message.topic!r} cannot be sent: {error}")
+        refused.__cause__ = error
+        error = refused
+    return Outcome.reject(str(error), error)
+
+
+def _too_large(message: Outgoing, limit: int) -> Outcome:
+    error = MessageTooLarge(
+        f"rabbitmq: message {message.id} for {message.topic!r} has {len(message.payload or b'')} bytes, and the broker takes "
+        f"at most {limit} (max_message_size there, max_message_bytes in the URL)"
+    )
+    return Outcome.reject(str(error), error)
+
+
+def _blocked(link: Link) -> Unavailable:
+    return Unavailable(
+        f"rabbitmq: {link.server} takes no messages at the moment ({link.blocked}); it goes on by itself when it has "
+        "memory and disk space again"
+    )
+
+
+def _unknown() -> Outcome:
+    error = Unavailable("rabbitmq: not confirmed")
+    return Outcome.unavailable(str(error), error)
