@@ -22,6 +22,7 @@ import aiosqlite
 import asyncmy
 import psycopg
 import sqlalchemy as sa
+from msgspec.structs import replace
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from benchmarks import relay, transactions
@@ -290,7 +291,7 @@ class OnAiosqlite(OnSqlite):
 async def connect(store: Store) -> None:
     """What is made once is not a row's."""
     (row,) = await store.read(None, (), (), 1)
-    await store.settle([row._replace(position=-1)])
+    await store.settle([replace(row, position=-1)])
     store.rewind()
 
 

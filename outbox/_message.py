@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from operator import attrgetter
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 from outbox.errors import ConfigurationError, EncodingError
 
@@ -53,21 +53,6 @@ class Message:
     deliver_at: datetime | None = None
     created_at: datetime | None = None
     position: int | None = None
-
-
-class Outgoing(NamedTuple):
-    """A stored message on the relay's hot path, in the order of the columns that stores select. Nothing is decoded:
-    ``id`` is text, ``headers`` a JSON object as text or None."""
-
-    position: int
-    id: str
-    topic: str
-    key: str | None
-    type: str | None
-    payload: bytes | None
-    content_type: str | None
-    headers: str | None
-    bucket: int
 
 
 def bucket_of(key: str | None, id: uuid.UUID) -> int:

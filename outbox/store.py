@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 import sqlalchemy as sa
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.tables import Tables
 
 T = TypeVar("T")

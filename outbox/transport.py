@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final, Literal, Protocol
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from outbox import encoding
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 
 ID: Final = "outbox-id"
 TYPE: Final = "outbox-type"
@@ -53,13 +53,12 @@ def headers(message: Outgoing) -> list[tuple[str, bytes]]:
     """The headers of a stored message: ours, from its columns, then the user's. What a row written by hand has among
     its headers under the name of a column is left out: under another message's id, consumers would skip it. Raises
     `DecodingError` where they are no JSON object of text. On the relay's hot path: 0.5 µs."""
-    _, id, _, _, type, _, content_type, text, _ = message
-    found = [(ID, id.encode())]
-    if type is not None:
-        found.append((TYPE, type.encode()))
-    if content_type is not None:
-        found.append((CONTENT_TYPE, content_type.encode()))
-    if text:
+    found = [(ID, message.id.encode())]
+    if message.type is not None:
+        found.append((TYPE, message.type.encode()))
+    if message.content_type is not None:
+        found.append((CONTENT_TYPE, message.content_type.encode()))
+    if text := message.headers:
         try:
             found += [(name, value.encode()) for name, value in _load(text).items() if name not in _OF_THE_ROW]
         except ValueError:  # msgspec's and Unicode's errors alike

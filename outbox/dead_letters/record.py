@@ -15,7 +15,8 @@ from typing import Any, Final, Literal
 
 import sqlalchemy as sa
 
-from outbox._message import Outgoing, new_id
+from outbox._message import new_id
+from outbox._outgoing import Outgoing
 from outbox.dead_letters.exception_text import message_of, stack_of, type_of
 from outbox.dialects import UtcDateTime, clock, insert_if_absent, was_absent
 from outbox.tables import Tables

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.backoff import Backoff
 from outbox.dead_letters.exception_text import stack_of
 from outbox.errors import ConfigurationError, LeaseLost, StoreUnavailable

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.relay.parking import ParkedKey, key_of
 
 

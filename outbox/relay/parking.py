@@ -15,7 +15,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from outbox import encoding, wire
-from outbox._message import Outgoing, message_id
+from outbox._message import message_id
+from outbox._outgoing import Outgoing
 from outbox.dead_letters.record import Failure, write_relay
 from outbox.dialects import clock, delete_listed
 from outbox.errors import DecodingError
@@ -241,7 +242,7 @@ def _columns(tables: Tables, *more: sa.ColumnElement[Any]) -> sa.Select[Any]:
     parked = tables.parked
     # the id as the driver gives it: a row with one that is no UUID must not hold up the others
     id = sa.type_coerce(parked.c.id, sa.types.NullType()).label("id")
-    names = [name for name in Outgoing._fields if name != "id"]
+    names = [name for name in Outgoing.__struct_fields__ if name != "id"]
     return sa.select(id, *(parked.c[name] for name in names), *more)
 
 
@@ -250,4 +251,4 @@ def _outgoing(row: sa.Row[Any]) -> Outgoing:
     id = str(found["id"])
     if len(id) == 32 and id.isalnum():
         id = f"{id[:8]}-{id[8:12]}-{id[12:16]}-{id[16:20]}-{id[20:]}"
-    return Outgoing(**{name: found[name] for name in Outgoing._fields if name != "id"}, id=id)
+    return Outgoing(**{name: found[name] for name in Outgoing.__struct_fields__ if name != "id"}, id=id)

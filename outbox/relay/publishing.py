@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.relay.circuit import EVERYTHING, Circuits
 from outbox.relay.parking import ParkedKey, key_of
 from outbox.transport import SENT, Outcome, Transport

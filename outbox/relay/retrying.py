@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.dead_letters.exception_text import stack_of
 from outbox.dead_letters.record import Failure
 from outbox.errors import LeaseLost, StoreUnavailable

@@ -4,12 +4,13 @@ mode and READ COMMITTED, so that it holds no lock that a writer could wait for."
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox._refusals import is_undone
 from outbox.stores._run import Runner, unavailable
 from outbox.stores.runs import runs
@@ -83,7 +84,7 @@ class MysqlStore:
             conditions.append(WITHOUT_TOPICS.format(topics=_texts(list(without_topics))))
         where = " where " + " and ".join(conditions) if conditions else ""
         rows, _ = await self._execute(self._reader, READ.format(message=self._table, where=where, limit=int(limit)))
-        return list(map(Outgoing._make, rows))
+        return list(starmap(Outgoing, rows))
 
     async def settle(self, rows: Sequence[Outgoing]) -> int:
         if not rows:

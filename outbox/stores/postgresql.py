@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.stores._run import Runner, Scope, unavailable
 from outbox.stores.runs import runs
 from outbox.tables import Tables
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 T = TypeVar("T")
-_outgoing = partial(tuple.__new__, Outgoing)
 
 # Both are sent unprepared, `prepare=False`: a prepared statement's plan outlives the table it was made for. Ours is nearly
 # empty most of the time, where reading all of it is the right plan; kept through a burst of a million rows, that plan took
@@ -195,7 +194,7 @@ class PostgresqlStore:
             self.rewind()  # what else is below that floor comes with the next reads
         elif sweep:
             self._swept = now
-        return list(map(_outgoing, rows))
+        return list(starmap(Outgoing, rows))
 
     async def settle(self, rows: Sequence[Outgoing]) -> int:
         try:

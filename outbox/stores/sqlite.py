@@ -7,13 +7,13 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.errors import StoreUnavailable
 from outbox.stores._run import Runner, Scope
 from outbox.tables import Tables
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 T = TypeVar("T")
-_outgoing = partial(tuple.__new__, Outgoing)
 
 # By the primary key, which is the row id. SQLAlchemy stores a UUID as 32 digits; a row written by hand may have others.
 READ: Final = (
@@ -121,6 +120,6 @@ def _fetch(statement: str, parameters: tuple[Any, ...]) -> Callable[[sa.Connecti
             rows = raw.run_async(lambda driver: driver.execute_fetchall(statement, parameters))
         else:
             rows = raw.execute(statement, parameters).fetchall()
-        return list(map(_outgoing, rows))
+        return list(starmap(Outgoing, rows))
 
     return fetch

@@ -13,7 +13,8 @@ import pytest
 import pytest_asyncio
 
 from outbox import wire
-from outbox._message import Outgoing, bucket_of, new_id
+from outbox._message import bucket_of, new_id
+from outbox._outgoing import Outgoing
 from outbox.transport import Delivery, Subscription, Transport
 from outbox.transports import open_transport
 

@@ -7,6 +7,7 @@ import time
 from collections import Counter, defaultdict
 
 import pytest
+from msgspec.structs import replace
 
 from outbox import wire
 from outbox.errors import MessageTooLarge
@@ -108,7 +109,7 @@ class Publishing(Conformance):
     async def test_headers_that_cannot_be_read_reject_that_message_alone(
         self, transport: Transport, topic: str
     ) -> None:
-        broken = message(topic, "k")._replace(headers="[1, 2")
+        broken = replace(message(topic, "k"), headers="[1, 2")
         outcomes = await transport.publish([message(topic, "k"), broken, message(topic, "k")])
         assert [outcome.kind for outcome in outcomes] == ["sent", "reject", "sent"]
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from aiokafka import errors
 from aiokafka.structs import TopicPartition
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.errors import DecodingError, MessageTooLarge, OutboxError, Refused, Unavailable
 from outbox.transport import SENT, Outcome
 from outbox.transports._kafka_client import TopicFacts, describe, diagnose, unavailable
@@ -207,7 +207,7 @@ class Publisher:
         filling = {topic: _Filling(fact) for topic, fact in facts.items()}
         full: list[_Batch] = []
         for at, message in enumerate(call.messages):
-            _, _, topic, key, _, payload, _, text, _ = message
+            topic, key, payload, text = message.topic, message.key, message.payload, message.headers
             target = filling.get(topic)
             if target is None:
                 continue

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Final, TypedDict
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.errors import DecodingError, MessageTooLarge, OutboxError, Unavailable
 from outbox.transport import SENT, Capabilities, Outcome, Revoked, Subscription
 from outbox.transports._group import TopicPartition

@@ -24,7 +24,7 @@ from aiokafka import errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.client import AIOKafkaClient
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.errors import ConfigurationError, OutboxError, Unavailable
 from outbox.transport import Capabilities, Outcome, Revoked, Subscription
 from outbox.transports._kafka_client import TopicFacts, describe, diagnose, unavailable

@@ -12,10 +12,12 @@ from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
+from msgspec.structs import replace
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from outbox import Outbox, event
-from outbox._message import Outgoing, bucket_of, new_id
+from outbox._message import bucket_of, new_id
+from outbox._outgoing import Outgoing
 from outbox.backoff import Backoff
 from outbox.consumer import Consumer, Retries
 from outbox.dead_letters import DeadLetter, DeadLetters
@@ -128,7 +130,7 @@ def placed(order_id: int, *, key: str | None = "same", id: uuid.UUID | None = No
         headers=None,
         bucket=bucket_of(key, id),
     )
-    return message._replace(**changes)
+    return replace(message, **changes)
 
 
 def charge(event: OrderPlaced, session: Session) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.transport import Capabilities, Delivery, Outcome, Revoked, Subscription, Transport
 
 Change = Callable[[Delivery], Delivery]

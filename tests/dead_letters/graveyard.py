@@ -8,7 +8,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from outbox import Outbox
-from outbox._message import Outgoing, bucket_of, new_id
+from outbox._message import bucket_of, new_id
+from outbox._outgoing import Outgoing
 from outbox.dead_letters import DeadLetters
 from outbox.dead_letters.record import Failure, record, write, write_relay
 from outbox.stores.engine import sync_engine_for

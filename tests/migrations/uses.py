@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from outbox import Consumer, DeadLetters, Drop, Outbox, Relay, Retry
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.backoff import Backoff
 from outbox.cleanup import Cleanup
 from outbox.observe.cleanup import RECORD

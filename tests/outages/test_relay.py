@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import pytest
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.transport import Outcome
 from tests.outages.cutter import WHENS, Cutter, When
 from tests.relay.database import Database

@@ -10,7 +10,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from outbox import Outbox
-from outbox._message import Outgoing, bucket_of, new_id
+from outbox._message import bucket_of, new_id
+from outbox._outgoing import Outgoing
 from outbox.stores.engine import sync_engine_for
 
 

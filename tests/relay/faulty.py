@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.errors import StoreUnavailable
 from outbox.relay import _relay
 from outbox.store import Store

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.errors import Unavailable
 from outbox.transport import SENT, Capabilities, Outcome
 from outbox.transports._pipeline import Pipeline

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.relay import Limits
 from outbox.transport import Outcome
 from tests.relay.conftest import ON_EACH

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.relay import Limits
 from outbox.relay.leases import Leases
 from outbox.stores import open_store

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.errors import ConfigurationError, Unavailable
 from outbox.relay import Limits
 from outbox.transport import Outcome

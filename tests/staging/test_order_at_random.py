@@ -21,7 +21,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.stores import open_store
 from tests.services.fixtures import INSTALL_TIMEOUT
 from tests.staging.programs import ENTITIES, Base, Entity, Place

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from msgspec.structs import replace
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.errors import StoreUnavailable
 from outbox.store import Store
 from outbox.stores import open_store, postgresql, sqlite
@@ -132,7 +133,7 @@ async def test_settling_removes_what_was_named_and_tells_how_many(store: Store, 
     database.add(*["k"] * 1300)
     rows = await store.read(None, (), (), 2000)
     assert await store.settle(rows[:1200]) == 1200
-    nowhere = rows[1]._replace(position=10**9)
+    nowhere = replace(rows[1], position=10**9)
     assert await store.settle([rows[0], rows[1200], nowhere]) == 1
     assert database.count() == 99
     assert await store.settle([]) == 0

@@ -12,6 +12,7 @@ from typing import Any
 import pymysql
 import pytest
 import sqlalchemy as sa
+from msgspec.structs import replace
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from outbox import SchemaMismatch, StoreUnavailable
@@ -203,8 +204,8 @@ async def test_a_row_whose_position_is_anothers_after_a_fail_over_is_not_settled
     store = open_store(on_mariadb.url, on_mariadb.tables)
     on_mariadb.add("a")
     (found,) = await store.read(None, (), (), 10)
-    assert await store.settle([found._replace(id=str(uuid.uuid4()))]) == 0
-    assert await store.settle([found._replace(id="it's \\")]) == 0
+    assert await store.settle([replace(found, id=str(uuid.uuid4()))]) == 0
+    assert await store.settle([replace(found, id="it's \\")]) == 0
     assert await store.settle([found]) == 1
     await store.close()
 
@@ -432,7 +433,7 @@ async def test_connections_that_the_server_kills_are_made_anew(on_mariadb: Datab
 
 
 def a_row() -> Any:
-    from outbox._message import Outgoing
+    from outbox._outgoing import Outgoing
 
     return Outgoing(1, str(uuid.uuid4()), "t", None, None, None, None, None, 0)
 

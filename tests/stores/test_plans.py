@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.backoff import Backoff
 from outbox.consumer import runtime
 from outbox.consumer.attempts import Attempts

@@ -10,7 +10,7 @@ import uuid
 import pytest
 import sqlalchemy as sa
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.errors import StoreUnavailable
 from outbox.stores.sqlite import SqliteStore
 from tests.relay.database import Database, at

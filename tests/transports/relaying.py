@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.testing.conformance import ids
 from outbox.transport import Delivery, Outcome, Transport
 

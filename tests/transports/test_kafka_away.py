@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.errors import Unavailable
 from outbox.testing.conformance import ids, message, numbered
 from tests.services import Server

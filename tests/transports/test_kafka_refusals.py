@@ -7,6 +7,7 @@ import time
 
 import pytest
 from aiokafka.admin import NewTopic
+from msgspec.structs import replace
 
 from outbox.errors import ConfigurationError, MessageTooLarge, Refused
 from outbox.testing.conformance import message, numbered
@@ -52,7 +53,7 @@ async def test_a_limit_that_was_lowered_meanwhile_makes_nothing_overtake(
     # The first call is the new producer's first batch in its partition, and as a whole too large. The broker knows no
     # sequence of this producer yet, so that it would take the small ones behind it in spite of the hole (KAFKA-14359).
     padding = json.dumps({"pad": "x" * 900})
-    padded = [m._replace(headers=padding) for m in numbered(name, 6, keys=1)]
+    padded = [replace(m, headers=padding) for m in numbered(name, 6, keys=1)]
     sending = Sending(transport, [*padded, *numbered(name, 54, keys=1, first=6)], batch=6, calls=5)
     await sending.run()
     assert {outcome.kind for outcome in sending.unavailable} == {"unavailable"}

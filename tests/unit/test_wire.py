@@ -8,7 +8,7 @@ import uuid
 import pytest
 
 from outbox import wire
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.errors import DecodingError
 
 ID = "018f3c1e-7c1a-7000-8000-000000000001"
