@@ -28,17 +28,16 @@ _load = msgspec.json.Decoder(dict[str, str]).decode
 def as_text(message: Outgoing) -> dict[str, str]:
     """The headers of a stored message for brokers whose headers are text, with the key and the tombstone's mark. As
     `headers` otherwise."""
-    _, id, _, key, type, payload, content_type, text, _ = message
-    found = {ID: id}
-    if type is not None:
-        found[TYPE] = type
-    if key is not None:
-        found[KEY] = key
-    if content_type is not None:
-        found[CONTENT_TYPE] = content_type
-    if payload is None:
+    found = {ID: message.id}
+    if message.type is not None:
+        found[TYPE] = message.type
+    if message.key is not None:
+        found[KEY] = message.key
+    if message.content_type is not None:
+        found[CONTENT_TYPE] = message.content_type
+    if message.payload is None:
         found[TOMBSTONE] = "1"
-    if text:
+    if text := message.headers:
         try:
             for name, value in _load(text).items():
                 if name not in _OF_THE_ROW and name != TOMBSTONE:

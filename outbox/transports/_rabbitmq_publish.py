@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 from pika import exceptions
 
 from outbox import wire
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.errors import EncodingError, MessageTooLarge, OutboxError, Refused, Unavailable
 from outbox.transport import SENT, Outcome
 from outbox.transports import _rabbitmq_link as link_

@@ -10,7 +10,7 @@ from typing import Final
 
 from pika import exceptions
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.errors import ConfigurationError, OutboxError, Unavailable
 from outbox.transport import SENT, Delivery, Revoked
 from outbox.transports import _rabbitmq_link as link_

@@ -25,7 +25,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from outbox._message import Outgoing
+from outbox._outgoing import Outgoing
 from outbox.errors import OutboxError, Unavailable
 from outbox.transport import Capabilities, Outcome, Revoked, Subscription
 from outbox.transports._rabbitmq_link import ERRORS, connect
