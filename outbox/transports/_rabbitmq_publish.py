@@ -201,15 +201,15 @@ class Publisher:
         ready: dict[str, list[tuple[int, str, bytes, Any]]] = {}
         limit, routing_key_of = self._limit, self._settings.routing_key_of
         for at, message in enumerate(call.messages):
-            _, id, topic, key, type, payload, content_type, headers, _ = message
-            body = payload or b""
+            topic, type, content_type = message.topic, message.type, message.content_type
+            body = message.payload or b""
             try:
                 table = wire.as_text(message)
-                routing_key = routing_key_of(topic, key, type)
+                routing_key = routing_key_of(topic, message.key, type)
                 if len(body) > limit:
                     call.settle(at, _too_large(message, limit))
                     continue
-                if headers or len(routing_key) > 60:
+                if message.headers or len(routing_key) > 60:
                     _check(message, table, routing_key)
             except (EncodingError, OutboxError, UnicodeError, ValueError) as error:
                 call.settle(at, _rejected(message, error))
@@ -218,7 +218,7 @@ class Publisher:
                 content_type=content_type if content_type is None or len(content_type) < 60 else None,
                 headers=table,
                 delivery_mode=PERSISTENT,
-                message_id=id,
+                message_id=message.id,
                 type=type if type is None or len(type) < 60 else None,
             )
             entry = (at, routing_key, body, properties)
