@@ -142,7 +142,7 @@ class OnMariadb(Bench):
         return asyncio.run(self._bare(rows))
 
     async def _bare(self, rows: int) -> float:
-        read = mysql_store.READ.format(message="outbox_message", where="", limit=BATCH)
+        read = mysql_store.READ.format(message="outbox_message", where="true", limit=BATCH)
         url = sa.make_url(self.url)
         connection = await asyncmy.connect(
             host=url.host, port=url.port, user=url.username, password=url.password or "", db=url.database,

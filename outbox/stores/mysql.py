@@ -3,8 +3,10 @@ mode and READ COMMITTED, so that it holds no lock that a writer could wait for."
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import starmap
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import sqlalchemy as sa
@@ -13,7 +15,7 @@ from sqlalchemy.dialects import mysql
 from outbox._outgoing import Outgoing
 from outbox._refusals import is_undone
 from outbox.stores._run import Runner, unavailable
-from outbox.stores.runs import runs
+from outbox.stores.runs import Settled, runs
 from outbox.tables import Tables
 
 if TYPE_CHECKING:
@@ -24,15 +26,21 @@ T = TypeVar("T")
 # In the order of the primary key, from the first row on: above any other position a row could still be committed late.
 # One statement, so one snapshot: a late commit and what was committed after it are seen together or in this order.
 # No parameters, since drivers put them into the text anyway.
-READ: Final = (
-    "select position, id, topic, `key`, type, payload, content_type, headers, bucket from {message}"
-    "{where} order by position limit {limit}"
+SELECT: Final = (
+    "select position, id, topic, `key`, type, payload, content_type, headers, bucket from {message} where {where}"
+)
+READ: Final = SELECT + " order by position limit {limit}"
+# The same without what this relay has removed by itself, over which InnoDB walks until it is purged (decision 14). What lies
+# below is read downwards: to find the end of a range, InnoDB walks on to the next row that is there. Gaps are looked up.
+READ_AROUND: Final = (
+    f"({SELECT} and position < {{below}} order by position desc limit {{limit}})"
+    f" union all ({SELECT} and position in ({{gaps}}))"
+    f" union all ({SELECT} and position > {{above}} order by position limit {{limit}})"
 )
 # Runs of positions, each of which is in flight: ranges of the primary key. Many of them would take the optimizer longer
 # than all the rows; "+ 0" keeps it from making ranges out of the list.
 BETWEEN: Final = "position not between {first} and {last}"
 NOT_IN: Final = "position + 0 not in ({positions})"
-RUNS: Final = 16
 OF_BUCKETS: Final = "bucket in ({buckets})"
 WITHOUT_TOPICS: Final = "topic not in ({topics})"
 
@@ -48,7 +56,11 @@ QUIETLY: Final = ("set session transaction isolation level read committed", "set
 # MariaDB makes a subquery with a table of a list this long, which takes five times as long.
 LISTS_STAY_LISTS: Final = "set in_predicate_conversion_threshold = 0"
 
+RUNS: Final = 16
 TRIES: Final = 5
+SWEEP: Final = (
+    15.0  # seconds between two reads of everything: by hand, or by a hidden fail-over, a position can come again
+)
 
 
 class MysqlStore:
@@ -70,20 +82,35 @@ class MysqlStore:
         # decoded in C and without a thread, which a server that falls silent would keep
         self._hot = Runner(hot, ours=True) if hot is not None else self._runner
         self._reader, self._settler = _Line(self._hot), _Line(self._hot)
+        self.rewind()
 
     def rewind(self) -> None:
-        """Reading begins at the first row every time."""
+        self._settled = Settled()
+        self._swept = time.monotonic()
 
     async def read(
         self, buckets: Collection[int] | None, in_flight: Collection[int], without_topics: Collection[str], limit: int
     ) -> list[Outgoing]:
-        conditions = list(_without(in_flight))
+        settled, now = self._settled, time.monotonic()
+        sweep = now - self._swept >= SWEEP
+        conditions = list(_without(in_flight)) or ["true"]
         if buckets is not None:
             conditions.append(OF_BUCKETS.format(buckets=_numbers(buckets)))
         if without_topics:
             conditions.append(WITHOUT_TOPICS.format(topics=_texts(list(without_topics))))
-        where = " where " + " and ".join(conditions) if conditions else ""
-        rows, _ = await self._execute(self._reader, READ.format(message=self._table, where=where, limit=int(limit)))
+        names: dict[str, Any] = {"message": self._table, "where": " and ".join(conditions), "limit": int(limit)}
+        if settled and not sweep:
+            below, gaps, above = settled.below, _numbers(settled.gaps) or "null", settled.above
+            around = READ_AROUND.format(**names, below=below, gaps=gaps, above=above)
+            rows, _ = await self._execute(self._reader, around)
+            if sum(row[0] < below for row in rows) < limit:
+                return list(starmap(Outgoing, sorted(rows, key=itemgetter(0))[:limit]))
+            self.rewind()  # those are the last that lie below, and the first are wanted
+        rows, _ = await self._execute(self._reader, READ.format(**names))
+        if sweep:
+            self._swept = now
+            if any(row[0] in settled for row in rows):
+                self.rewind()
         return list(starmap(Outgoing, rows))
 
     async def settle(self, rows: Sequence[Outgoing]) -> int:
@@ -91,7 +118,10 @@ class MysqlStore:
             return 0
         positions = _numbers(row.position for row in rows)
         statement = SETTLE.format(message=self._table, positions=positions, ids=_texts([row.id for row in rows]))
+        settled = self._settled  # as it is before: what is forgotten meanwhile may be another server's
         _, count = await self._execute(self._settler, statement, TRIES)
+        if count == len(rows):
+            settled.add([row.position for row in rows])
         return count
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
@@ -118,6 +148,7 @@ class MysqlStore:
                         raise
         except BaseException as error:
             self._reader.old = self._settler.old = True
+            self.rewind()
             await line.close()
             if self._hot.is_drivers(error):
                 raise unavailable(self._hot.engine, error) from error
@@ -150,8 +181,6 @@ class _Line:
 
 
 def _without(in_flight: Collection[int]) -> Iterator[str]:
-    if not in_flight:
-        return
     ranges = list(runs(in_flight))
     if len(ranges) > RUNS:
         yield NOT_IN.format(positions=_numbers(in_flight))
