@@ -6,7 +6,7 @@ import sys
 
 from benchmarks.figures import Report
 
-NAMES = ("add", "relay", "stores", "cleanup")
+NAMES = ("add", "relay", "stores", "cleanup", "transports")
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from outbox.stores.engine import sync_engine_for
-from tests.services import KAFKA, MARIADB, POSTGRESQL, Options
+from tests.services import KAFKA, MARIADB, POSTGRESQL, RABBITMQ, Options
 
 PRODUCTION = Options(like_production=True)
 
@@ -40,6 +40,16 @@ def mariadb() -> Iterator[str]:
 def kafka() -> Iterator[str]:
     """The URL of a broker, ``kafka://host:port``."""
     server = KAFKA.obtain(PRODUCTION)
+    try:
+        yield server.url
+    finally:
+        server.close()
+
+
+@contextmanager
+def rabbitmq() -> Iterator[str]:
+    """The URL of a broker, ``amqp://user:password@host:port``."""
+    server = RABBITMQ.obtain(PRODUCTION)
     try:
         yield server.url
     finally:

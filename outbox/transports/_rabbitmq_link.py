@@ -31,6 +31,7 @@ CLOSE: Final = 2.0
 
 _LINGER_NOT: Final = struct.pack("ii", 1, 0)
 _FRAME: Final = struct.Struct(">BHL")
+_DELIVER: Final = struct.pack(">I", spec.Basic.Deliver.INDEX)
 _PROTOCOL_HEADER: Final = ord("A")
 
 
@@ -41,6 +42,7 @@ class Connection(AsyncioConnection):  # type: ignore[misc]  # pika has no types
     def __init__(self, *args: Any, **named: Any) -> None:
         self._unwritten: list[bytes] = []
         self._frame_buffer = b""
+        self._hung_up = False
         super().__init__(*args, **named)
 
     def _adapter_emit_data(self, data: bytes) -> None:
@@ -60,31 +62,32 @@ class Connection(AsyncioConnection):  # type: ignore[misc]  # pika has no types
             super()._on_data_available(data)
             return
         while size - at >= 7:
-            _, _, length = _FRAME.unpack_from(buffer, at)
+            kind, number, length = _FRAME.unpack_from(buffer, at)
             if length > FRAME_MAX:
                 raise exceptions.InvalidFrameError(f"a frame of {length} bytes")
             end = at + length + 8
             if end > size:
                 break
-            # What a frame does may look at the buffer or end the connection.
             _, found = frame.decode_frame(buffer[at:end])
-            at = end
             self.bytes_received += length + 8
-            self._process_frame(found)
+            channel = self._channels.get(number)
+            if channel is not None and (kind != spec.FRAME_METHOD or buffer.startswith(_DELIVER, at + 7)):
+                channel._handle_content_frame(found)  # to which nobody listens but its channel
+            else:
+                self._process_frame(found)
+            at = end
         self._frame_buffer = buffer[at:]
 
     def hang_up(self) -> None:
         """At once, and without what is not sent yet: pika's `close` lets the kernel go on sending that."""
         self._unwritten.clear()
-        transport = self._transport
-        sock = getattr(transport, "_sock", None)
+        sock = getattr(self._transport, "_sock", None)
         if sock is not None:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
-        if transport is not None:
-            transport.abort()
-        elif not self.is_closed and not self.is_closing:
-            self.close()
+        if not self.is_closed and not self._hung_up:
+            self._hung_up = True
+            self._terminate_stream(exceptions.StreamLostError("given up from this side"))
 
 
 class Channel:
@@ -131,6 +134,9 @@ class Channel:
     async def close(self) -> bool:
         """In the orderly way: the broker has seen all that was sent before. False where it does not answer."""
         if self.pika.is_open:
+            # pika would cancel the consumers first, and a queue goes on with its next consumer as soon as one is cancelled:
+            # what this one has not acknowledged would be given back behind what that one already got.
+            self.pika._cancelled.update(self.pika._consumers)
             self.pika.close()
         if not self.lost.done():
             await asyncio.wait({self.lost}, timeout=CLOSE)

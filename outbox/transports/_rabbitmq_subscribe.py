@@ -18,7 +18,7 @@ from outbox.transports._rabbitmq_feed import Feed, token_of
 from outbox.transports._rabbitmq_link import CLOSE, ERRORS, Channel, Link, connect
 from outbox.transports._rabbitmq_publish import Call, Confirmed
 from outbox.transports._rabbitmq_settings import Settings
-from outbox.transports._rabbitmq_topology import GroupQueues, declare_group, declare_retry, refusal
+from outbox.transports._rabbitmq_topology import GroupQueues, consumers, declare_group, declare_retry, refusal
 from outbox.transports._revoking import LET_GO, ask_to_let_go
 from outbox.transports._waiting import wait
 
@@ -44,6 +44,7 @@ class RabbitmqSubscription:
         self._link: Link | None = None
         self._feeds: list[Feed] = []
         self._counting: list[tuple[Channel, GroupQueues]] = []
+        self._hungry: dict[str, Channel] = {}
         self._sending: Confirmed | None = None
         """Of what waits for its next delivery."""
         self._paused: frozenset[tuple[str, int]] = frozenset()
@@ -65,7 +66,7 @@ class RabbitmqSubscription:
             for topic in self._topics:
                 queues = await declare_group(link, topic, self._group)
                 if self._shares and len(queues.queues) > 1:
-                    counting.append((await self._be_counted(link, queues), queues))
+                    counting.append((await _count_me(link, queues.members), queues))
                 for part in range(len(queues.queues)):
                     feeds.append(await self._feed(link, queues, part))
         except ERRORS as error:
@@ -75,6 +76,7 @@ class RabbitmqSubscription:
             await link.abort()
             raise
         self._link, self._feeds, self._counting, self._sending = link, feeds, counting, None
+        self._hungry = {}
         self._lost = None
         link.lost.add_done_callback(lambda _: self._awake.set())
         if counting and self._balancing is None:
@@ -84,11 +86,6 @@ class RabbitmqSubscription:
     def _shares(self) -> bool:
         """Whether members take turns at queues that deliver to one of them."""
         return self._settings.single_active_consumer and self._settings.partitions > 1
-
-    async def _be_counted(self, link: Link, queues: GroupQueues) -> Channel:
-        channel = await link.channel()
-        await channel.call(channel.pika.basic_consume, queues.members, lambda *_: None, auto_ack=True)
-        return channel
 
     async def _feed(self, link: Link, queues: GroupQueues, part: int) -> Feed:
         channel = await link.channel()
@@ -233,16 +230,27 @@ class RabbitmqSubscription:
                     logger.warning("group %s: cannot share its queues: %s", self._group, link_.text(error))
 
     async def _keep_share(self, link: Link, queues: GroupQueues) -> None:
-        channel = await link.channel()
-        found = await channel.call(channel.pika.queue_declare, queues.members, passive=True)
-        await channel.close()
-        share = math.ceil(len(queues.queues) / max(1, found.method.consumer_count))
+        parts, members = len(queues.queues), await consumers(link, queues.members)
         active = [feed for feed in self._feeds if feed.queues is queues and feed.active]
+        await self._be_hungry(link, queues, not active)
+        share = math.ceil(parts / max(1, members))
+        if len(active) == share and await consumers(link, queues.hungry):
+            share = max(1, parts // members)  # those that have one more than others leave it to who has none
         surplus = active[share:]
         if surplus:
             await ask_to_let_go(self._hold(surplus), frozenset(feed.place for feed in surplus), self._group)
             for feed in surplus:
                 await self._let_go(link, feed)
+
+    async def _be_hungry(self, link: Link, queues: GroupQueues, hungry: bool) -> None:
+        known = self._hungry.pop(queues.topic, None)
+        if known is not None and (not hungry or not known.is_open):
+            await known.close()
+            known = None
+        if hungry and known is None:
+            known = await _count_me(link, queues.hungry)
+        if known is not None:
+            self._hungry[queues.topic] = known
 
     def _hold(self, feeds: list[Feed]) -> Revoked | None:
         for feed in feeds:
@@ -287,3 +295,9 @@ class RabbitmqSubscription:
         if task is not None:
             task.cancel()
             await asyncio.wait([task], timeout=CLOSE)
+
+
+async def _count_me(link: Link, queue: str) -> Channel:
+    channel = await link.channel()
+    await channel.call(channel.pika.basic_consume, queue, lambda *_: None, auto_ack=True)
+    return channel

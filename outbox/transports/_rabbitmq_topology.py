@@ -36,14 +36,16 @@ class GroupQueues:
     dead_letters: str
     members: str
     """Holds nothing; its consumers are the group's members."""
+    hungry: str
+    """Holds nothing; its consumers are the members that no queue delivers to."""
 
 
 def group_queues(settings: Settings, topic: str, group: str) -> GroupQueues:
     base = settings.queue_of(topic, group)
     parts = settings.partitions
     queues = (base,) if parts == 1 else tuple(f"{base}.{part}" for part in range(parts))
-    found = GroupQueues(topic, base, queues, f"{base}.dlq", f"{base}.members")
-    for name in (*found.queues, found.dead_letters, found.members):
+    found = GroupQueues(topic, base, queues, f"{base}.dlq", f"{base}.members", f"{base}.hungry")
+    for name in (*found.queues, found.dead_letters, found.members, found.hungry):
         wrong = wrong_name(name)
         if wrong is not None:
             raise ConfigurationError(f"rabbitmq: group {group!r} of topic {topic!r}: the queue's name {wrong}")
@@ -66,6 +68,14 @@ async def exchange_exists(link: Link, exchange: str) -> bool:
 
 async def queue_exists(link: Link, queue: str) -> bool:
     return await _passively(link, lambda channel: channel.pika.queue_declare, queue)
+
+
+async def consumers(link: Link, queue: str) -> int:
+    """How many consumers a queue has."""
+    channel = await link.channel()
+    found = await channel.call(channel.pika.queue_declare, queue, passive=True)
+    await channel.close()
+    return int(found.method.consumer_count)
 
 
 async def _passively(link: Link, method: Any, name: str) -> bool:
@@ -155,7 +165,8 @@ async def declare_group(link: Link, topic: str, group: str) -> GroupQueues:
             await channel.call(channel.pika.exchange_bind, source, exchange, settings.binding)
             await channel.close()
             if settings.single_active_consumer:
-                await _declare_queue(link, found.members, {"x-queue-type": "classic", "x-expires": MEMBERS_EXPIRE})
+                for name in (found.members, found.hungry):
+                    await _declare_queue(link, name, {"x-queue-type": "classic", "x-expires": MEMBERS_EXPIRE})
     except ERRORS as error:
         raise refusal(error, f"group {group!r} of topic {topic!r}: its queue {found.base!r} cannot be used") from error
     return found

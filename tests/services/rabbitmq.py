@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -57,9 +57,9 @@ class Rabbitmq(Service[RabbitmqServer]):
         "or set OUTBOX_TEST_RABBITMQ_URL=amqp://guest:guest@127.0.0.1:5672"
     )
 
-    def __init__(self, settings: Mapping[str, str] | None = None) -> None:
-        """``settings``: lines of rabbitmq.conf, with {folder} for the server's folder."""
-        self._settings = settings or {}
+    def __init__(self, prepare: Callable[[Path], Mapping[str, str]] | None = None) -> None:
+        """``prepare``: puts files into the folder of a local server, and returns further lines of its rabbitmq.conf."""
+        self._prepare = prepare
 
     def ping(self, url: str) -> None:
         address = urlsplit(url)
@@ -97,7 +97,9 @@ class Rabbitmq(Service[RabbitmqServer]):
             "disk_free_limit.absolute": "50MB",
             "log.console": "true",
             "log.console.level": "warning",
-        } | {name: value.format(folder=folder) for name, value in self._settings.items()}
+        }
+        if self._prepare is not None:
+            settings |= self._prepare(folder)
         (folder / "rabbitmq.conf").write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
         (folder / "enabled_plugins").write_text("[" + ",".join(PLUGINS) + "].\n")
         (folder / "ports").write_text(f"{free_port()} {free_port()}")

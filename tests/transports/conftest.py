@@ -1,4 +1,4 @@
-"""Kafka transports for the tests of this folder."""
+"""Kafka and RabbitMQ transports for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from outbox.transports.kafka import KafkaTransport
+from outbox.transports.rabbitmq import RabbitmqTransport
 
 Open = Callable[..., KafkaTransport]
 
@@ -20,6 +21,21 @@ async def opened() -> AsyncIterator[Open]:
     def another(url: str, **parameters: object) -> KafkaTransport:
         query = "&".join(f"{name}={value}" for name, value in ({"session_timeout_ms": 6000} | parameters).items())
         transports.append(KafkaTransport(f"{url}?{query}"))
+        return transports[-1]
+
+    yield another
+    for transport in transports:
+        await transport.close(abort=True)
+
+
+@pytest.fixture
+async def rabbits() -> AsyncIterator[Callable[..., RabbitmqTransport]]:
+    """Opens transports, with parameters; each is cut off after the test, since its broker may not be there."""
+    transports: list[RabbitmqTransport] = []
+
+    def another(url: str, **parameters: object) -> RabbitmqTransport:
+        query = "&".join(f"{name}={value}" for name, value in parameters.items())
+        transports.append(RabbitmqTransport(f"{url}?{query}" if query else url))
         return transports[-1]
 
     yield another

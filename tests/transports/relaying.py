@@ -17,6 +17,8 @@ class Sending:
 
     def __init__(self, transport: Transport, messages: Sequence[Outgoing], *, batch: int = 100, calls: int = 4) -> None:
         self.transport = transport
+        self.in_turn = not transport.capabilities.ordered_pipeline
+        """Of a key only one message is under way."""
         self.left = list(messages)
         self.batch = batch
         self.calls = calls
@@ -29,7 +31,8 @@ class Sending:
         deadline = time.monotonic() + within
         while self.left:
             assert time.monotonic() < deadline, f"{len(self.left)} are not sent: {self.unavailable[-1:]}"
-            parts = [self.left[at * self.batch : (at + 1) * self.batch] for at in range(self.calls)]
+            wave, rest = self._wave()
+            parts = [wave[at * self.batch : (at + 1) * self.batch] for at in range(self.calls)]
             begun = time.monotonic()
             results = await asyncio.gather(*(self.transport.publish(part) for part in parts if part))
             self.waves.append(time.monotonic() - begun)
@@ -44,9 +47,23 @@ class Sending:
                 else:
                     self.unavailable.append(outcome)
                     again.append(message)
-            self.left[: sum(map(len, parts))] = again
+            self.left = again + rest
             if again:
                 await asyncio.sleep(0.1)  # the circuit is open for a moment
+
+    def _wave(self) -> tuple[list[Outgoing], list[Outgoing]]:
+        """What is sent next, and what after it."""
+        most = self.batch * self.calls
+        if not self.in_turn:
+            return self.left[:most], self.left[most:]
+        wave: list[Outgoing] = []
+        rest: list[Outgoing] = []
+        keys: set[str | None] = set()
+        for message in self.left:
+            first = len(wave) < most and message.key not in keys
+            (wave if first else rest).append(message)
+            keys.add(message.key)
+        return wave, rest
 
 
 def first_deliveries(found: Iterable[Delivery]) -> dict[bytes | None, list[int]]:

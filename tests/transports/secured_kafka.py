@@ -14,6 +14,7 @@ from tests.services.kafka import JAVA, LOG4J, POM, SETTINGS, VERSION
 from tests.services.process import LocalProcess, can_connect, free_port, new_folder, run_as
 from tests.services.service import StartFailed
 from tests.services.waiting import wait_until
+from tests.transports.certificates import certificates, openssl
 
 ADMIN_TIMEOUT = 60  # seconds for Kafka's own command, which is another Java
 
@@ -100,30 +101,7 @@ def start() -> SecuredKafka:
 
 
 def _certificates(folder: Path) -> None:
-    """ca.pem signs the broker's certificate; other.pem is an authority that does not."""
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    new_key = ("-newkey", "rsa:2048", "-nodes")
-    for name in ("ca", "other"):
-        openssl(
-            "req",
-            "-x509",
-            *new_key,
-            "-keyout",
-            f"{name}.key",
-            "-out",
-            f"{name}.pem",
-            "-days",
-            "30",
-            "-subj",
-            "/CN=test",
-        )
-    openssl("req", *new_key, "-keyout", "broker.key", "-out", "broker.csr", "-subj", "/CN=localhost")
-    (folder / "names").write_text("subjectAltName=DNS:localhost")
-    signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "30", "-extfile", "names")
-    openssl("x509", "-req", "-in", "broker.csr", "-out", "broker.pem", *signing)
-    openssl("pkcs8", "-topk8", "-nocrypt", "-in", "broker.key", "-out", "broker.pkcs8")
+    certificates(folder)
+    openssl(folder, "pkcs8", "-topk8", "-nocrypt", "-in", "broker.key", "-out", "broker.pkcs8")
     parts = [(folder / name).read_text() for name in ("broker.pkcs8", "broker.pem", "ca.pem")]
     (folder / "keystore.pem").write_text("".join(parts))
