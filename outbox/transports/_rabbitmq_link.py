@@ -13,6 +13,7 @@ from typing import Any, Final
 import pika
 from pika import exceptions, frame, spec
 from pika.adapters.asyncio_connection import AsyncioConnection
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.channel import Channel as PikaChannel
 
 from outbox.errors import ConfigurationError, OutboxError, Unavailable
@@ -26,6 +27,8 @@ NOT_ALLOWED: Final = 530
 
 FRAME_MAX: Final = 131_072
 """Bytes of a frame, as brokers offer it; a message's headers must fit into one."""
+ERRORS: Final = (exceptions.AMQPError, OSError, TimeoutError)
+"""What talking to the broker raises."""
 CLOSE: Final = 2.0
 """Seconds for an orderly good-bye."""
 
@@ -215,7 +218,7 @@ async def connect(settings: Settings, purpose: str) -> Link:
         server = f"{host}:{port}"
         try:
             return Link(await _open(settings, host, port, purpose), settings, server)
-        except (OSError, TimeoutError, ssl.SSLError, exceptions.AMQPError) as error:
+        except (*ERRORS, AMQPConnectorException) as error:
             root = _root(error)
             refused = _refused(root, server, settings)
             if refused is not None:
@@ -349,8 +352,5 @@ def unavailable(error: BaseException, what: str) -> OutboxError:
     mapped.__cause__ = error
     return mapped
 
-
-ERRORS: Final = (exceptions.AMQPError, OSError, TimeoutError)
-"""What talking to the broker raises."""
 
 Properties = spec.BasicProperties

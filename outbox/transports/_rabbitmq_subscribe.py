@@ -175,35 +175,38 @@ class RabbitmqSubscription:
         self._awake.set()
 
     async def retry(self, delivery: Delivery, after: float) -> None:
-        """It waits in a queue for the next of 1, 2, 4, … seconds, confirmed, and comes back at the end of its own."""
+        """It waits in a queue for the next of 1, 2, 4, … seconds, and comes back at the end of its own."""
         feed, tag = token_of(delivery)
-        received = feed.out.get(tag)
-        if received is None:
-            return
-        _, properties, body = received
-        link = feed.channel.link
-        try:
-            queue = await declare_retry(link, feed.queue, after)
-            if self._sending is None or not self._sending.channel.is_open:
-                self._sending = await Confirmed.open(link)
-            row = Outgoing(0, properties.message_id, queue, None, None, body, None, None, 0)
-            call = Call.of([row])
-            self._sending.publish("", queue, body, properties, (call, 0))
-            async with asyncio.timeout(self._settings.delivery_timeout):
-                await call.done.wait()
-        except ERRORS as error:
-            raise refusal(error, f"a message of {feed.queue!r} cannot wait for its next delivery") from error
-        (outcome,) = call.outcomes
-        if outcome is not SENT:
-            raise Unavailable(outcome.reason if outcome is not None else "rabbitmq: not confirmed")
-        await self.ack([delivery])
+        if tag in feed.out:
+            try:
+                queue = await declare_retry(feed.channel.link, feed.queue, after)
+                await self._move(feed, tag, queue)
+            except ERRORS as error:
+                raise refusal(error, f"a message of {feed.queue!r} cannot wait for its next delivery") from error
+            await self.ack([delivery])
 
     async def reject(self, delivery: Delivery) -> None:
         feed, tag = token_of(delivery)
-        if tag in feed.out and feed.channel.pika.is_open:
-            del feed.out[tag]
-            feed.channel.pika.basic_reject(tag, requeue=False)
-            self._awake.set()
+        if tag in feed.out:
+            try:
+                await self._move(feed, tag, feed.queues.dead_letters)
+            except ERRORS as error:
+                raise refusal(error, f"a message of {feed.queue!r} cannot go to the dead letters") from error
+            await self.ack([delivery])
+
+    async def _move(self, feed: Feed, tag: int, queue: str) -> None:
+        """Have another queue store it, and confirm that: a crash between this and the acknowledgement leaves it in both.
+        Raises `Unavailable` and pika's errors."""
+        _, properties, body = feed.out[tag]
+        if self._sending is None or not self._sending.channel.is_open:
+            self._sending = await Confirmed.open(feed.channel.link)
+        call = Call.of([Outgoing(0, properties.message_id, queue, None, None, body, None, None, 0)])
+        self._sending.publish("", queue, body, properties, (call, 0))
+        async with asyncio.timeout(self._settings.delivery_timeout):
+            await call.done.wait()
+        (outcome,) = call.outcomes
+        if outcome is not None and outcome is not SENT:
+            raise Unavailable(outcome.reason)
 
     def pause(self, topics_partitions: frozenset[tuple[str, int]]) -> None:
         self._paused |= topics_partitions

@@ -49,6 +49,13 @@ async def read(
     return found
 
 
+async def read_for_ever(subscription: Subscription, found: list[Delivery]) -> None:
+    while True:
+        batch = await subscription.fetch(500, 0.5)
+        await subscription.ack(batch)
+        found += batch
+
+
 async def read_all(transport: Transport, topic: str, group: str, quiet: float = 1.0) -> list[Delivery]:
     """Everything that waits for the group."""
     subscription = await transport.subscribe([topic], group, window=1000)
