@@ -23,7 +23,6 @@ ACCESS_REFUSED: Final = 403
 NOT_FOUND: Final = 404
 PRECONDITION_FAILED: Final = 406
 COMMAND_INVALID: Final = 503
-NOT_ALLOWED: Final = 530
 
 FRAME_MAX: Final = 131_072
 """Bytes of a frame, as brokers offer it; a message's headers must fit into one."""
@@ -290,7 +289,7 @@ def _refused(error: BaseException, server: str, settings: Settings) -> Configura
     if isinstance(error, exceptions.AuthenticationError):
         mechanism = "EXTERNAL (auth=external)" if settings.external else "PLAIN (a user name and a password)"
         return ConfigurationError(f"rabbitmq: {server} does not offer the login {mechanism}")
-    if isinstance(error, exceptions.ProbableAccessDeniedError) or _code(error) == NOT_ALLOWED:
+    if "NOT_ALLOWED" in said:
         if "not found" in said:
             return ConfigurationError(f"rabbitmq: {server} has no virtual host {settings.vhost!r}")
         if "refused" in said:
@@ -314,6 +313,8 @@ def _reason(error: BaseException, settings: Settings) -> str:
         if "WRONG_VERSION_NUMBER" in str(error) or "RECORD_LAYER" in str(error):
             return "what listens there does not speak TLS; should the URL begin with amqp://?"
         return f"TLS fails: {error.reason or error}; does it want a client certificate (ssl_certfile)?"
+    if isinstance(error, exceptions.IncompatibleProtocolError) and settings.ssl_context is not None:
+        return "hangs up once TLS is agreed on; does it want a client certificate (ssl_certfile)?"
     if isinstance(error, exceptions.IncompatibleProtocolError):
         return "what listens there does not speak AMQP 0-9-1, or wants TLS (amqps://)"
     if isinstance(error, exceptions.StreamLostError | ConnectionResetError):
@@ -321,14 +322,11 @@ def _reason(error: BaseException, settings: Settings) -> str:
     return str(error) or type(error).__name__
 
 
-def _code(error: BaseException) -> int | None:
+def code(error: BaseException) -> int | None:
     """The broker's reply code, where it gave one."""
     if isinstance(error, exceptions.ChannelClosed | exceptions.ConnectionClosed):
         return int(error.reply_code)
     return None
-
-
-code = _code
 
 
 def text(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -73,8 +73,8 @@ class Confirmed:
         """No lower tag is waiting."""
         self._returned = 1
         """Returns come in the order of publishing: no lower tag will be returned."""
-        self.limit: int | None = None
-        """Bytes of a payload, once the broker has refused a larger one and ended the channel."""
+        self.on_limit: Callable[[int], None] | None = None
+        """Told the largest payload in bytes, once the broker has refused a larger one and ended the channel."""
 
     @classmethod
     async def open(cls, link: Link) -> Confirmed:
@@ -138,12 +138,13 @@ class Confirmed:
         self.waiting.clear()
         scope_is_topic = isinstance(reason, exceptions.ChannelClosedByBroker)
         said = _LIMIT.search(link_.text(reason)) if scope_is_topic else None
-        if said is not None:
-            self.limit = int(said[1])
+        limit = int(said[1]) if said is not None else None
+        if limit is not None and self.on_limit is not None:
+            self.on_limit(limit)
         for call, at in slots:
             message = call.messages[at]
-            if self.limit is not None and len(message.payload or b"") > self.limit:
-                call.settle(at, _too_large(message, self.limit))
+            if limit is not None and len(message.payload or b"") > limit:
+                call.settle(at, _too_large(message, limit))
                 continue
             what = f"topic {message.topic!r} cannot be written to" if scope_is_topic else "the connection was lost"
             error = refusal(reason, what)
@@ -301,16 +302,17 @@ class Publisher:
         if wrong is not None:
             raise Refused(f"rabbitmq: {topic!r} can be no topic: the exchange's name {wrong}")
         link = await self._connected()
-        known = self._channels.get(topic)
-        if known is not None and known.limit is not None:
-            self._limit = min(self._limit, known.limit)
         try:
             await require_exchange(link, topic)
             await self._make_room()
             found = self._channels[topic] = await Confirmed.open(link)
+            found.on_limit = self._learn_limit
         except ERRORS as error:
             raise refusal(error, f"topic {topic!r} cannot be written to") from error
         return found
+
+    def _learn_limit(self, limit: int) -> None:
+        self._limit = min(self._limit, limit)
 
     async def _make_room(self) -> None:
         if len(self._channels) < CHANNELS:

@@ -1,0 +1,110 @@
+"""The RabbitMQ transport while its connection is cut, at random bytes and at the broker's word on its way back: what goes in
+and what comes out is counted. 15 cuts a test, 200 with OUTBOX_TEST_LONG=1."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+
+import pytest
+
+from outbox.errors import Unavailable
+from outbox.testing.conformance import ids, numbered
+from outbox.transport import Delivery
+from tests.transports.cuts import Direction, Plan, cutting
+from tests.transports.rabbitmq_tools import Open, know, read_all
+from tests.transports.relaying import Sending, first_deliveries, in_order
+
+CUTS = 200 if os.environ.get("OUTBOX_TEST_LONG") else 15
+KEYS = 50
+ANY_ACK = bytes.fromhex("003c0050")
+
+
+def anywhere(source: random.Random) -> tuple[Direction, int | bytes]:
+    """Now and then within the handshake, mostly among messages."""
+    most = source.choice([600, 20_000, 150_000])
+    return source.choice(["up", "down"]), source.randint(1, most if most < 100_000 else 60_000)
+
+
+def among_deliveries(source: random.Random) -> tuple[Direction, int | bytes]:
+    """The same for a consumer, which says less and hears more."""
+    direction: Direction = source.choice(["up", "down"])
+    most = source.choice([600, 2500] if direction == "up" else [600, 60_000])
+    return direction, source.randint(1, most)
+
+
+def at_a_confirm(_: random.Random) -> tuple[Direction, int | bytes]:
+    return "down", ANY_ACK
+
+
+def at_an_acknowledgement(_: random.Random) -> tuple[Direction, int | bytes]:
+    return "up", ANY_ACK
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("plan", [anywhere, at_a_confirm], ids=lambda plan: plan.__name__)
+async def test_publishing_through_cuts_loses_nothing_and_turns_no_key_around(
+    rabbits: Open, rabbitmq_url: str, name: str, plan: Plan
+) -> None:
+    direct = rabbits(rabbitmq_url)
+    await know(direct, name, "billing")
+    count = 0
+    sent: set[str] = set()
+    unavailable = 0
+    async with cutting(rabbitmq_url, plan, seed=7, cuts=CUTS) as cuts:
+        transport = rabbits(cuts.url, delivery_timeout_ms=5000)
+        while cuts.done < CUTS or count < 2000:
+            sending = Sending(transport, numbered(name, 500, keys=KEYS, first=count), batch=KEYS, calls=1)
+            await sending.run(within=600)
+            count += 500
+            sent |= {m.id for m in sending.sent}
+            unavailable += len(sending.unavailable)
+    found = await read_all(direct, name, "billing")
+    stored = Counter(ids(found))
+    print(
+        f"{cuts.done} cuts, {count} in, {len(stored)} out, {len(found) - len(stored)} twice, {unavailable} unavailable"
+    )
+    assert unavailable
+    assert stored.keys() == sent
+    assert len(sent) == count
+    assert first_deliveries(found) == in_order(count, KEYS)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("partitions", [1, 3])
+@pytest.mark.parametrize("plan", [among_deliveries, at_an_acknowledgement], ids=lambda plan: plan.__name__)
+async def test_consuming_through_cuts_skips_nothing_and_turns_no_key_around(
+    rabbits: Open, rabbitmq_url: str, name: str, plan: Plan, partitions: int
+) -> None:
+    direct = rabbits(rabbitmq_url, partitions=partitions)
+    await know(direct, name, "billing")
+    cuts_wanted = CUTS if plan is among_deliveries else CUTS // 3
+    count, lost = 0, 0
+    found: list[Delivery] = []
+    async with cutting(rabbitmq_url, plan, seed=11, cuts=cuts_wanted) as cuts:
+        transport = rabbits(cuts.url, partitions=partitions, delivery_timeout_ms=5000)
+        subscription = None
+        while cuts.done < cuts_wanted or len(set(ids(found))) < count or not count:
+            if len(set(ids(found))) == count:
+                await Sending(direct, numbered(name, 1000, keys=KEYS, first=count), batch=KEYS, calls=1).run()
+                count += 1000
+            try:
+                if subscription is None:
+                    subscription = await transport.subscribe([name], "billing", window=60)
+                batch = await subscription.fetch(40, 1)
+                found += batch
+                await subscription.ack(batch)
+            except Unavailable:
+                lost += 1
+        assert subscription is not None
+        await subscription.close()
+    assert await read_all(direct, name, "billing") == []
+    again = Counter(ids(found))
+    print(f"{cuts.done} cuts, {count} in, {len(again)} out, {len(found) - len(again)} twice, {lost} times unavailable")
+    assert lost
+    assert len(again) == count
+    assert first_deliveries(found) == in_order(count, KEYS)
+    redelivered = {id for id, times in again.items() if times > 1}
+    last = {id: d for d, id in zip(found, ids(found), strict=True)}
+    assert all(last[id].suspect for id in redelivered)
