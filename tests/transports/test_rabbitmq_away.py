@@ -75,7 +75,7 @@ async def _silence(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> Non
     await asyncio.Event().wait()
 
 
-@pytest.mark.parametrize("behave", [_hang_up, _another_protocol, _another_version, _a_giant_frame, _silence])
+@pytest.mark.parametrize("behave", [_hang_up, _another_protocol, _another_version, _silence])
 async def test_what_is_no_broker_is_unavailable_and_named(rabbits: Open, behave: Callable[..., object]) -> None:
     async with peer(behave) as url:
         transport = rabbits(url, delivery_timeout_ms=2000)
@@ -88,6 +88,12 @@ async def test_what_is_no_broker_is_unavailable_and_named(rabbits: Open, behave:
         begun = time.monotonic()
         await transport.close()
         assert time.monotonic() - begun < 3
+
+
+async def test_a_frame_that_is_too_large_is_not_waited_for(rabbits: Open) -> None:
+    async with peer(_a_giant_frame) as url:
+        with pytest.raises(Unavailable, match="does not speak AMQP"):  # not: no answer in time
+            await rabbits(url).connect()
 
 
 @pytest.mark.parametrize("how", ["kill", "stop", "pause"])
