@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from benchmarks import bare_rabbitmq
 from benchmarks.figures import Report
 from benchmarks.servers import rabbitmq
-from outbox._message import Outgoing, bucket_of, new_id
+from outbox._message import bucket_of, new_id
+from outbox._outgoing import Outgoing
 from outbox.transport import SENT, Transport
 from outbox.transports import open_transport
 

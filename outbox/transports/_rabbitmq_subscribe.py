@@ -75,6 +75,9 @@ class RabbitmqSubscription:
         except BaseException:
             await link.abort()
             raise
+        if self._ended():  # meanwhile
+            await link.abort()
+            return
         self._link, self._feeds, self._counting, self._sending = link, feeds, counting, None
         self._hungry = {}
         self._lost = None

@@ -13,10 +13,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(900)
-def test_each_benchmark_prints_one_json_object_a_figure(postgresql: object, mariadb: object, kafka: object) -> None:
+def test_each_benchmark_prints_one_json_object_a_figure(
+    postgresql: object, mariadb: object, kafka: object, rabbitmq: object
+) -> None:
     # the fixtures only make sure that the servers can be had; the benchmark starts its own, with fsync
+    names = ("add", "relay", "stores", "cleanup", "transports")
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "add", "relay", "stores", "cleanup", "--quick", "--repeat", "1", "--json"],
+        [sys.executable, "-m", "benchmarks", *names, "--quick", "--repeat", "1", "--json"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -51,6 +54,8 @@ def test_each_benchmark_prints_one_json_object_a_figure(postgresql: object, mari
         "stores.postgresql.cleanup.relay.beside",
         "stores.postgresql.cleanup.consumer.beside",
         "stores.postgresql.cleanup.rows1000000",
+        "transports.rabbitmq.publish",
+        "transports.rabbitmq.consume",
     } <= figures.keys()
     for figure in figures.values():
         # what a message costs is a difference of two times, and in a run this quick it may come out below zero

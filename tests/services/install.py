@@ -26,6 +26,7 @@ OUTPUT_TAIL = 2_000  # characters of an installer's output in an error message
 
 # A fresh install of PostgreSQL's package would also create and start a cluster on port 5432.
 CREATECLUSTER = Path("/etc/postgresql-common/createcluster.d/pyoutbox-tests.conf")
+POLICY = Path("/usr/sbin/policy-rc.d")
 
 
 def cache_folder() -> Path:
@@ -55,7 +56,7 @@ def debian_packages(packages: Sequence[str], *, purpose: str) -> None:
     with locked():
         print(f"installing {wanted} with apt-get, for {purpose}", file=sys.stderr)
         _update_package_lists()
-        with _no_cluster_created():
+        with _no_cluster_created(), _no_service_started():
             apt_get("install", "-y", "--no-install-recommends", *packages)
 
 
@@ -160,6 +161,20 @@ def _no_cluster_created() -> Iterator[None]:
         yield
     finally:
         CREATECLUSTER.unlink()
+
+
+@contextlib.contextmanager
+def _no_service_started() -> Iterator[None]:
+    """Keep packages from starting their servers on their usual ports (Debian policy, 9.3.3)."""
+    if POLICY.exists():  # an administrator's, or a container image's
+        yield
+        return
+    POLICY.write_text("#!/bin/sh\nexit 101\n")
+    POLICY.chmod(0o755)
+    try:
+        yield
+    finally:
+        POLICY.unlink()
 
 
 @cache
