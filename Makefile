@@ -75,7 +75,7 @@ test-sa20: $(VENV_SA20)/.dev ## Run the tests of the core on SQLAlchemy 2.0
 
 # What holds on the databases of `make test` holds on the oldest and the newest. Of the relay and the consumer, what differs
 # from database to database: their processes, kills and brokers do not.
-MATRIX := $(wildcard tests/stores tests/staging tests/migrations tests/outages) \
+MATRIX := $(wildcard tests/stores tests/staging tests/migrations tests/outages tests/cleanup/test_days.py) \
 	$(wildcard $(addprefix tests/relay/test_,leases.py parking.py peers.py life.py at_random.py)) \
 	$(wildcard $(addprefix tests/consumer/test_,effect.py failures.py failure_texts.py replay.py))
 

@@ -6,7 +6,7 @@ import sys
 
 from benchmarks.figures import Report
 
-NAMES = ("add", "relay", "stores", "cleanup", "transports")
+NAMES = ("add", "relay", "stores", "cleanup", "partitions", "transports")
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ order to roll a new version out, and what each step locks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from outbox import ConfigurationError
 from outbox.observe.schema import check_schema
 from outbox.tables import tables_for
-from outbox_migrations import _script
+from outbox_migrations import _partitions, _script
 from outbox_migrations._alone import alone, begin_alone, require_schema
 from outbox_migrations._filter import include_object, include_object_for
 from outbox_migrations._grants import grants
@@ -203,6 +203,93 @@ def script(
     return "\n".join(_script.script(steps, found, fresh=first == 0)) + "\n"
 
 
+# ---------------------------------------------------------------- an inbox in partitions
+
+
+def partition_inbox(
+    where: Operations | sa.Engine | sa.Connection,
+    *,
+    schema: str | None = None,
+    prefix: str = "outbox_",
+    patience: float = PATIENCE,
+) -> bool:
+    """Put the inbox into daily partitions (PostgreSQL), of which those that are over are dropped instead of deleted from;
+    returns whether it was not yet. ``where``: ``op`` in a revision of yours, an ``Engine`` or a ``Connection``.
+
+    A moment's ACCESS EXCLUSIVE lock on the inbox, for which it waits as `upgrade` does. What is in it is not copied: it
+    becomes the default partition. `outbox cleanup` and the relays make the days, so one of them must run as the tables'
+    owner. Raises `ConfigurationError` on another database, and as `upgrade` does.
+    """
+    return _partition(where, schema, prefix, patience, partitioned=True)
+
+
+def unpartition_inbox(
+    where: Operations | sa.Engine | sa.Connection,
+    *,
+    schema: str | None = None,
+    prefix: str = "outbox_",
+    patience: float = PATIENCE,
+) -> bool:
+    """The way back from `partition_inbox`. **Consumers wait while the days' rows are copied** (some seconds a million): run
+    `outbox cleanup` before, and at a quiet hour. Raises as `partition_inbox` does."""
+    return _partition(where, schema, prefix, patience, partitioned=False)
+
+
+def plan_inbox(
+    connection: sa.Connection, partitioned: bool, *, schema: str | None = None, prefix: str = "outbox_"
+) -> list[Planned]:
+    """What `partition_inbox`, or without ``partitioned`` `unpartition_inbox`, would do in this database. Reads only."""
+    found = _partitions.operation(connection.dialect.name, schema, prefix, partitioned=partitioned)
+    _require_latest(connection, schema, prefix)
+    if found.done(connection):
+        return []
+    return [Planned("inbox", found.what, found.locks("postgresql", fresh=False, alone=True))]
+
+
+def script_inbox(dialect: str, partitioned: bool, *, schema: str | None = None, prefix: str = "outbox_") -> str:
+    """The SQL of it, for a DBA. Connects to nothing."""
+    found = _partitions.operation(dialect, schema, prefix, partitioned=partitioned)
+    return "\n".join(_script.script([("inbox", [found])], _script.dialect_of(dialect), fresh=False)) + "\n"
+
+
+def _partition(
+    where: Operations | sa.Engine | sa.Connection, schema: str | None, prefix: str, patience: float, partitioned: bool
+) -> bool:
+    tables = tables_for(sa.MetaData(), schema, prefix)
+    if isinstance(where, sa.Engine):
+        found = _partitions.operation(where.dialect.name, schema, prefix, partitioned=partitioned)
+        with alone(where, tables, patience) as (connection, commit, _):
+            return _carry_out(found, lambda: connection, patience, schema, prefix, commit)
+    if isinstance(where, sa.Connection):
+        found = _partitions.operation(where.dialect.name, schema, prefix, partitioned=partitioned)
+        return _carry_out(found, lambda: where, patience, schema, prefix)
+    context = where.get_context()
+    found = _partitions.operation(context.dialect.name, schema, prefix, partitioned=partitioned)
+    if context.as_sql:
+        _write(where, [found], fresh=False)
+        return True
+    return _carry_out(found, where.get_bind, patience, schema, prefix)
+
+
+def _carry_out(
+    operation: Operation,
+    connection: Callable[[], sa.Connection],
+    patience: float,
+    schema: str | None,
+    prefix: str,
+    commit: Callable[[], None] | None = None,
+) -> bool:
+    _require_latest(connection(), schema, prefix)
+    if operation.done(connection()):
+        return False
+    Online(connection, patience=patience, commit=commit).carry_out([operation])
+    return True
+
+
+def _require_latest(connection: sa.Connection, schema: str | None, prefix: str) -> None:
+    check_schema(connection, tables_for(sa.MetaData(), schema, prefix))
+
+
 # ---------------------------------------------------------------- which steps
 
 
@@ -322,7 +409,11 @@ __all__ = [
     "include_object",
     "include_object_for",
     "migrate",
+    "partition_inbox",
     "plan",
+    "plan_inbox",
     "script",
+    "script_inbox",
+    "unpartition_inbox",
     "upgrade",
 ]

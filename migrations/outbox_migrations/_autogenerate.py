@@ -11,6 +11,7 @@ from alembic.operations import ops
 
 from outbox.tables import is_prefix, tables_for
 from outbox_migrations import LATEST
+from outbox_migrations._filter import PARTITION
 
 _NAMES: Final = frozenset(table.name.removeprefix("x_") for table in tables_for(sa.MetaData(), None, "x_").all)
 
@@ -109,9 +110,22 @@ def _version(autogen_context: AutogenContext, schema: str | None, prefix: str) -
 
 
 def keep_ours(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOps) -> None:
-    """Take out the operations that drop a whole set of our tables: only `downgrade` does that."""
-    for _, places in _sets(autogen_context, upgrade_ops, ops.DropTableOp):
-        upgrade_ops.ops[:] = [op for op in upgrade_ops.ops if _place(op, autogen_context) not in places]
+    """Take out the operations that drop a whole set of our tables: only `downgrade` does that. And those that drop
+    partitions of an inbox of ours, which are in nobody's metadata."""
+    whole = _sets(autogen_context, upgrade_ops, ops.DropTableOp)
+    ours = {place for _, places in whole for place in places}
+    parents = {
+        (schema, f"{prefix}inbox") for schema, prefix in (*_known(autogen_context), *(found for found, _ in whole))
+    }
+
+    def keeps(op: ops.MigrateOperation) -> bool:
+        place = _place(op, autogen_context)
+        if place is None:
+            return False
+        parent = PARTITION.sub("", place[1])
+        return place in ours or (parent != place[1] and (place[0], parent) in parents)
+
+    upgrade_ops.ops[:] = [op for op in upgrade_ops.ops if not keeps(op)]
 
 
 def _sets(

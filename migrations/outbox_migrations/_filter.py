@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 
 from outbox.tables import tables_for
+
+PARTITION: Final = re.compile(r"_(default|d\d{8})$")
+"""What the name of a partition of the inbox adds to the inbox's."""
 
 
 def include_object_for(prefix: str = "outbox_") -> Callable[[Any, str | None, str, bool, Any], bool]:
@@ -18,7 +22,9 @@ def include_object_for(prefix: str = "outbox_") -> Callable[[Any, str | None, st
         if type_ == "column" and compare_to is not None and object.table.name in names:
             # only PostgreSQL makes an identity column of ours; with compare_server_default Alembic wants it everywhere
             return object.identity is None or compare_to.identity is not None
-        return not (type_ == "table" and reflected and compare_to is None and name in names)
+        unknown = type_ == "table" and reflected and compare_to is None
+        parent = PARTITION.sub("", name or "")
+        return not (unknown and (name in names or (parent != name and parent == f"{prefix}inbox")))
 
     return include_object
 

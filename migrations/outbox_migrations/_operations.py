@@ -143,7 +143,17 @@ def reset_storage(table: sa.Table, settings: Settings) -> Operation:
 
 def _alter(what: str, table: sa.Table, change: str) -> Operation:
     ddl = sa.DDL(f"ALTER TABLE %(fullname)s {change}")  # type: ignore[no-untyped-call]
-    return Operation(what, table, ddl.against(table), _never, "SHARE UPDATE EXCLUSIVE")
+    # a parent of partitions has no storage: they have
+    return Operation(what, table, ddl.against(table), lambda c: is_partitioned(c, table), "SHARE UPDATE EXCLUSIVE")
+
+
+def is_partitioned(connection: sa.Connection, table: sa.Table) -> bool:
+    """Whether it is a parent of partitions; False where there is no such table."""
+    if connection.dialect.name != "postgresql":
+        return False
+    name = connection.dialect.identifier_preparer.format_table(table)
+    query = sa.text("SELECT EXISTS (SELECT FROM pg_partitioned_table WHERE partrelid = to_regclass(:name))")
+    return bool(connection.scalar(query, {"name": name}))
 
 
 def seed(table: sa.Table, rows: Sequence[dict[str, Any]]) -> Operation:

@@ -51,6 +51,8 @@ class Cleaned:
 
     removed: dict[str, int] = field(default_factory=dict)
     kept: list[Kept] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What could not be done with an inbox in partitions, and what helps."""
 
 
 class Cleanup:
@@ -86,15 +88,16 @@ class Cleanup:
         with _Database(self._database) as database:
             database.run(lambda connection: check_schema(connection, tables))
             if archive is None:
-                removed = self._sweep(database, None, progress)
+                sweep = self._sweep(database, None, progress)
             else:
                 with Archive(archive) as file:
-                    removed = self._sweep(database, file, progress)
+                    sweep = self._sweep(database, file, progress)
             kept = database.run(lambda connection: kept_in(connection, tables, self.retention))
-            return Cleaned(removed, kept)
+            return Cleaned(sweep.removed, kept, sweep.notes)
 
     def plan(self) -> Cleaned:
-        """What `run` would do. Changes nothing, and counts what is old: with millions of such rows it takes seconds."""
+        """What `run` would do. Changes nothing, and counts what is old: with millions of such rows it takes seconds. Of an
+        inbox in partitions what is old goes with its day, up to two days later."""
         tables = self.outbox.tables
 
         def look(connection: sa.Connection) -> Cleaned:
@@ -107,9 +110,7 @@ class Cleanup:
         with _Database(self._database) as database:
             return database.run(look)
 
-    def _sweep(
-        self, database: _Database, archive: Archive | None, progress: Callable[[dict[str, int]], None]
-    ) -> dict[str, int]:
+    def _sweep(self, database: _Database, archive: Archive | None, progress: Callable[[dict[str, int]], None]) -> Sweep:
         sweep = Sweep(self.outbox.tables, self.retention, rows=self._rows, archive=archive)
         database.run(sweep.begin)
         while True:
@@ -118,7 +119,7 @@ class Cleanup:
             pause = sweep.done(batch, time.monotonic() - began)
             if batch.last:
                 database.run(lambda connection: record(connection, self.outbox.tables, sweep))
-                return sweep.removed
+                return sweep
             progress(sweep.removed)
             time.sleep(pause)
 

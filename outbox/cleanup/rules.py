@@ -56,7 +56,7 @@ def rules_for(tables: Tables, retention: Retention) -> list[Rule]:
             letter.c.state != "open",
             (("it was replayed, and its consumer has still to handle it", _in_attempt(tables, letter)),),
         ),
-        _inbox(tables, retention),
+        inbox_rule(tables, retention.inbox),
         Rule("audit", audit, audit.c.at, retention.audit, everything),
         Rule(
             "relay",
@@ -68,13 +68,14 @@ def rules_for(tables: Tables, retention: Retention) -> list[Rule]:
     ]
 
 
-def _inbox(tables: Tables, retention: Retention) -> Rule:
-    """A row stays as long as the message can come again for a reason that this database knows.
+def inbox_rule(tables: Tables, seconds: float, table: sa.Table | None = None) -> Rule:
+    """A row stays as long as the message can come again for a reason that this database knows. ``table``: one of the
+    inbox's partitions, instead of all of it.
 
     Each condition is one look-up by a unique key. None of them can come true of a row between the look and the delete:
     a message that has an inbox row gets no new attempt or dead letter but by a replay, and a replay needs a dead letter.
     """
-    inbox, letter = tables.inbox, tables.dead_letter
+    inbox, letter = tables.inbox if table is None else table, tables.dead_letter
 
     def letter_of(consumer: Any) -> sa.ColumnElement[bool]:
         return _there(letter, letter.c.consumer == consumer, letter.c.message_id == inbox.c.message_id)
@@ -83,7 +84,7 @@ def _inbox(tables: Tables, retention: Retention) -> Rule:
         "inbox",
         inbox,
         inbox.c.processed_at,
-        retention.inbox,
+        seconds,
         sa.true(),
         (
             ("their message is tried again or replayed", _in_attempt(tables, inbox)),

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import datetime as dt
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import sqlalchemy as sa
 
 from outbox.cleanup.archive import Archive
+from outbox.cleanup.days import Chore, Days, is_owner
 from outbox.cleanup.pace import Pace
 from outbox.cleanup.retention import HOUR, Retention
 from outbox.cleanup.rules import Rule, rules_for, sparing_unsent, unsent_beyond
 from outbox.dialects import MYSQL, UtcDateTime, clock
 from outbox.errors import ConfigurationError
+from outbox.observe.partitions import inbox_partitions
 from outbox.tables import Tables
 
 ROWS: Final = 1000  # of a batch, at the most
@@ -66,8 +68,12 @@ class Sweep:
         self.tables, self.retention = tables, retention
         self.pace = Pace(rows)
         self.removed: dict[str, int] = {}
+        self.notes: list[str] = []
+        """What could not be done with an inbox in partitions, and what helps."""
         self._archive = archive
         self._rules: list[tuple[Rule, Any]] = []
+        self._chores: list[Chore] = []
+        self._at_chore = False
         self._place = self._next = _Place()
 
     def begin(self, connection: sa.Connection) -> None:
@@ -80,18 +86,42 @@ class Sweep:
                 f"cleanup: the database's clock says {now:%Y-%m-%d %H:%M:%S} UTC, {abs(apart) / HOUR:,.0f} hours "
                 f"{'ahead of' if apart > 0 else 'behind'} this machine's: nothing is removed until one of them is set right"
             )
-        self._rules = []
-        for rule in rules_for(self.tables, self.retention):
-            if math.isinf(rule.seconds):
-                continue
-            if unsent_beyond(connection, self.tables, rule.seconds):
-                rule = sparing_unsent(rule, self.tables)
+        self._rules, self._chores, self.notes = [], [], []
+        for rule in self._wanted(connection, now):
             cutoff = connection.execute(sa.select(sa.type_coerce(clock(-rule.seconds), Stored()))).scalar_one()
             self._rules.append((rule, cutoff))
         self._place = self._next = _Place()
 
+    def _wanted(self, connection: sa.Connection, now: dt.datetime) -> Iterator[Rule]:
+        for rule in rules_for(self.tables, self.retention):
+            finite = math.isfinite(rule.seconds)
+            sparing = finite and unsent_beyond(connection, self.tables, rule.seconds)
+            days = self._days_of(connection, rule, now, sparing=sparing) if rule.name == "inbox" else None
+            if days is not None:
+                self._chores = list(days.chores(connection))
+            if finite:
+                yield from [sparing_unsent(rule, self.tables) if sparing else rule] if days is None else days.by_row()
+
+    def _days_of(self, connection: sa.Connection, rule: Rule, now: dt.datetime, *, sparing: bool) -> Days | None:
+        partitions = inbox_partitions(connection, self.tables)
+        if partitions is None:
+            return None
+        if not is_owner(connection, self.tables):
+            self.notes = [
+                f"only the owner of {self.tables.inbox.fullname} may make and drop partitions: run `outbox cleanup` as it "
+                "once a day; until then rows are deleted one by one"
+            ]
+            return None
+        days = Days(self.tables, partitions, now, rule.seconds, sparing=sparing, archive=self._archive)
+        self.notes = days.notes
+        return days
+
     def batch(self, connection: sa.Connection) -> Batch:
-        """Remove the next few rows, in the transaction of ``connection``. Goes on until it has seen some, or is through."""
+        """Remove the next few rows, or a day of them, in the transaction of ``connection``. Goes on until it has seen some,
+        or is through."""
+        if self._chores:
+            self._at_chore = True
+            return Batch("inbox", self._chores[0](connection), full=False)
         place, rows = self._place, self.pace.rows
         while place.rule < len(self._rules):
             rule, cutoff = self._rules[place.rule]
@@ -111,6 +141,9 @@ class Sweep:
     def done(self, batch: Batch, seconds: float) -> float:
         """The batch's transaction has committed, after so long; returns how many seconds to wait."""
         self._place = self._next
+        if self._at_chore:
+            self._at_chore = False
+            del self._chores[0]
         if batch.removed:
             self.removed[batch.table] = self.removed.get(batch.table, 0) + batch.removed
         return self.pace.after(seconds, full=batch.full)
@@ -138,7 +171,7 @@ class Sweep:
         if not found:
             return 0
         if self._archive is not None:
-            self._archive.write(rule.table.name, map(dict, found))
+            self._archive.write(f"{self.tables.prefix}{rule.name}", map(dict, found))
         _by_key(connection, rule, found)
         return len(found)  # locked, so that they are all there
 

@@ -53,7 +53,9 @@ def do(options: argparse.Namespace) -> int:
         kept = [dataclasses.asdict(one) for one in done.kept]
         finite = {name: value for name, value in retention.as_dict().items() if math.isfinite(value)}
         which = "would_remove" if options.dry_run else "removed"
-        print_json({which: done.removed, "kept": kept, "retention": finite, "archive": options.archive})
+        print_json(
+            {which: done.removed, "kept": kept, "notes": done.notes, "retention": finite, "archive": options.archive}
+        )
     else:
         _show(done, retention, outbox.tables.prefix, "would remove" if options.dry_run else "removed")
     return 0
@@ -74,6 +76,8 @@ def _show(done: Cleaned, retention: Retention, prefix: str, verb: str) -> None:
         print(f"{verb:<13} {'nothing':>12}")
     for kept in done.kept:
         print(f"{'kept':<13} {kept.count:>12,}  {prefix}{kept.table}  {kept.why}")
+    for note in done.notes:
+        print(f"{'note':<13} {note}")
 
 
 def _progress() -> Callable[[dict[str, int]], None]:

@@ -30,6 +30,21 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--patience", type=positive, default=60.0, metavar="SECONDS", help="how long to try for a lock (default: 60)"
     )
+    inbox = parser.add_mutually_exclusive_group()
+    inbox.add_argument(
+        "--partition-inbox",
+        dest="partition",
+        action="store_const",
+        const=True,
+        help="put the inbox into daily partitions, dropped when they are over (PostgreSQL)",
+    )
+    inbox.add_argument(
+        "--unpartition-inbox",
+        dest="partition",
+        action="store_const",
+        const=False,
+        help="make one table of them again; consumers wait while the rows are copied",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="say what would be done and what each step locks")
     what.add_argument("--sql", action="store_true", help="print a script instead; connects to nothing")
@@ -52,6 +67,8 @@ def do(options: argparse.Namespace) -> int:
         raise ConfigurationError("--from says nothing without --sql: the database knows its version")
     if options.role is not None and not options.grants:
         raise ConfigurationError("--role says nothing without --grants")
+    if options.partition is not None and (options.to is not None or options.start is not None or options.grants):
+        raise ConfigurationError("--partition-inbox and --unpartition-inbox go without --to, --from and --grants")
     if options.sql:
         return _sql(options, tables)
     if options.grants:
@@ -70,6 +87,12 @@ def _migrate(engine: sa.Engine, options: argparse.Namespace, tables: Tables) -> 
     import outbox_migrations
 
     _say_what_holds_us_up()
+    if options.partition is not None:
+        change = outbox_migrations.partition_inbox if options.partition else outbox_migrations.unpartition_inbox
+        changed = change(engine, schema=tables.schema, prefix=tables.prefix, patience=options.patience)
+        now = "is in partitions, the days of which the next cleanup makes" if options.partition else "is one table"
+        print(f"{tables.inbox.fullname} {now}" + ("" if changed else ", as it was"))
+        return 0
     steps = outbox_migrations.migrate(
         engine,
         to=options.to,
@@ -89,7 +112,11 @@ def _plan(engine: sa.Engine, options: argparse.Namespace, tables: Tables) -> int
 
     require_file(options.database)
     with engine.connect() as connection:
-        found = outbox_migrations.plan(connection, to=options.to, schema=tables.schema, prefix=tables.prefix)
+        where: dict[str, Any] = {"schema": tables.schema, "prefix": tables.prefix}
+        if options.partition is not None:
+            found = outbox_migrations.plan_inbox(connection, options.partition, **where)
+        else:
+            found = outbox_migrations.plan(connection, to=options.to, **where)
     step = None
     for planned in found:
         if planned.step != step:
@@ -103,13 +130,14 @@ def _plan(engine: sa.Engine, options: argparse.Namespace, tables: Tables) -> int
 def _sql(options: argparse.Namespace, tables: Tables) -> int:
     import outbox_migrations
 
+    where: dict[str, Any] = {"schema": tables.schema, "prefix": tables.prefix}
+    if options.partition is not None:
+        sys.stdout.write(outbox_migrations.script_inbox(_dialect(options), options.partition, **where))
+        return 0
     start = options.start or 0
     if options.to is not None and options.to < start and not options.downgrade:
         raise ConfigurationError(f"--to {options.to} is below --from {start}: say --downgrade, which may drop data")
-    text = outbox_migrations.script(
-        _dialect(options), to=options.to, start=start, schema=tables.schema, prefix=tables.prefix
-    )
-    sys.stdout.write(text)
+    sys.stdout.write(outbox_migrations.script(_dialect(options), to=options.to, start=start, **where))
     return 0
 
 

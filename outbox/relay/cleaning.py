@@ -39,6 +39,7 @@ class Cleaning:
         self._looked = False
         self._failures = 0
         self._told = ""
+        self._noted: list[str] = []
 
     async def step(self) -> float:
         """Remove one batch, if there is one to be removed now; returns how many seconds to pause. Where it failed nothing of
@@ -91,6 +92,9 @@ class Cleaning:
             return pause
         await self._store.run(lambda connection: record(connection, self._store.tables, sweep))
         self._sweep = None
+        if sweep.notes and sweep.notes != self._noted:
+            self._noted = sweep.notes
+            log.warning("cleanup: %s", "; ".join(self._noted))
         if sweep.removed:
             log.info("removed what was over: %s", ", ".join(f"{n:,} of {name}" for name, n in sweep.removed.items()))
         return EVERY
