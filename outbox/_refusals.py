@@ -14,6 +14,8 @@ _QUOTING: Final = frozenset(
 _QUOTED: Final = re.compile(r"(['\"]).*\1(?= for (?:key|column|function)\b| at (?:row|line)\b)|(['\"]).*", re.DOTALL)
 
 _MYSQL_UNDOES: Final = frozenset({1020, 1213})  # MariaDB's snapshot isolation, a deadlock
+_MYSQL_FULL: Final = frozenset({1021, 1114})  # a disk, a table or its file
+_FULL: Final = "53100"
 _SQLSTATES: Final = frozenset({"40001", "40P01"})  # serialization failure, deadlock
 
 
@@ -39,6 +41,13 @@ def is_undone(error: BaseException) -> bool:
         return code in _MYSQL_UNDOES
     state: Any = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     return state in _SQLSTATES
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the database's disk is full, as PostgreSQL, MySQL and MariaDB say it: no statement is to blame."""
+    code, _ = _mysql(error)
+    state: Any = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    return code in _MYSQL_FULL or (code is None and state == _FULL)
 
 
 def _mysql(error: BaseException) -> tuple[int | None, str]:

@@ -31,7 +31,7 @@ class DatabaseTrouble(Exception):
 
 
 class NoRoom(DatabaseTrouble):
-    """SQLite's disk is full, which no message is to blame for, however often it is tried."""
+    """A disk is full, which no message is to blame for, however often it is tried."""
 
 
 class Effect:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from outbox._refusals import is_full
 from outbox._transactions import connection_for
 from outbox.consumer.binding import Handler
 from outbox.consumer.effect import DatabaseTrouble, Effect, NoRoom, guarded
@@ -307,7 +308,7 @@ def _before_the_handler() -> Iterator[None]:
 @contextlib.contextmanager
 def _database_perhaps(effect: Effect) -> Iterator[None]:
     """Around handler and commit. The database is to blame where **our** connection was lost, and where SQLite's one write
-    lock was not to be had or its disk is full; not for what a handler meets elsewhere, nor for what its own statements
+    lock was not to be had, and where a disk is full; not for what a handler meets elsewhere, nor for what its own statements
     deserve."""
     try:
         yield
@@ -316,7 +317,7 @@ def _database_perhaps(effect: Effect) -> Iterator[None]:
     except Exception as error:
         lost = effect.connection is not None and effect.connection.invalidated
         code = _sqlite_code(error)
-        if code == sqlite3.SQLITE_FULL:
+        if code == sqlite3.SQLITE_FULL or any(is_full(one) for one in _behind(error)):
             raise NoRoom from error
         if lost or code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise DatabaseTrouble from error
@@ -325,9 +326,15 @@ def _database_perhaps(effect: Effect) -> Iterator[None]:
 
 def _sqlite_code(error: BaseException | None) -> int | None:
     """The error of SQLite's that is behind this one, if any is."""
+    for one in _behind(error):
+        if isinstance(one, sqlite3.OperationalError):
+            return int(getattr(one, "sqlite_errorcode", 0)) & 0xFF
+    return None
+
+
+def _behind(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what SQLAlchemy has wrapped, what it was raised for, and so on."""
     seen = 0
     while error is not None and seen < 20:
-        if isinstance(error, sqlite3.OperationalError):
-            return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+        yield error
         error, seen = getattr(error, "orig", None) or error.__cause__ or error.__context__, seen + 1
-    return None
