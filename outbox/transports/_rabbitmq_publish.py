@@ -7,19 +7,18 @@ ends its channel and with it all that was under way there.
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
 
 from pika import exceptions
 
 from outbox import wire
 from outbox._outgoing import Outgoing
 from outbox.errors import EncodingError, MessageTooLarge, OutboxError, Refused, Unavailable
-from outbox.transport import SENT, Outcome
+from outbox.transport import Outcome
 from outbox.transports import _rabbitmq_link as link_
-from outbox.transports._rabbitmq_link import ERRORS, FRAME_MAX, Channel, Link, Properties, connect
+from outbox.transports._rabbitmq_confirms import Call, Confirmed, scope, too_large
+from outbox.transports._rabbitmq_link import ERRORS, FRAME_MAX, Link, Properties, connect
 from outbox.transports._rabbitmq_settings import Settings
 from outbox.transports._rabbitmq_topology import NAME_BYTES, refusal, require_exchange, wrong_name
 
@@ -31,138 +30,6 @@ CHANNELS: Final = 200
 HEADERS_BYTES: Final = FRAME_MAX - 4096
 """Of all headers of a message, which have to fit into one frame beside the properties."""
 
-_LIMIT: Final = re.compile(r"larger than configured max size (\d+)")
-
-
-@dataclass(eq=False, slots=True)
-class Call:
-    """One call of `publish`, or a part of it: what became of each message, and when all is known."""
-
-    messages: Sequence[Outgoing]
-    outcomes: list[Outcome | None]
-    left: int
-    """Messages without an outcome."""
-    done: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @classmethod
-    def of(cls, messages: Sequence[Outgoing]) -> Call:
-        return cls(messages, [None] * len(messages), len(messages))
-
-    def settle(self, at: int, outcome: Outcome) -> None:
-        """The first word counts: a returned message is confirmed afterwards all the same."""
-        if self.outcomes[at] is None:
-            self.outcomes[at] = outcome
-            self.left -= 1
-            if not self.left:
-                self.done.set()
-
-
-Slot = tuple[Call, int]
-"""A message that waits for its confirm."""
-
-
-class Confirmed:
-    """A channel in confirm mode, and what is under way on it."""
-
-    def __init__(self, channel: Channel) -> None:
-        self.channel = channel
-        self.waiting: dict[int, Slot] = {}
-        """By delivery tag, in order."""
-        self._next = 1
-        self._lowest = 1
-        """No lower tag is waiting."""
-        self._returned = 1
-        """Returns come in the order of publishing: no lower tag will be returned."""
-        self.on_limit: Callable[[int], None] | None = None
-        """Told the largest payload in bytes, once the broker has refused a larger one and ended the channel."""
-
-    @classmethod
-    async def open(cls, link: Link) -> Confirmed:
-        """Raises pika's errors and TimeoutError."""
-        channel = await link.channel()
-        found = cls(channel)
-        channel.on_lost = found._lost
-        channel.pika.add_on_return_callback(found._on_return)
-        await channel.call(channel.pika.confirm_delivery, found._on_confirm)
-        return found
-
-    def publish(self, exchange: str, routing_key: str, body: bytes, properties: Any, slot: Slot) -> None:
-        """Hand one message to the socket. Raises pika's errors where the channel is closed, or the message cannot be
-        written; then it is not."""
-        self.channel.pika.basic_publish(exchange, routing_key, body, properties, mandatory=True)
-        self.waiting[self._next] = slot
-        self._next += 1
-
-    def _on_confirm(self, found: Any) -> None:
-        method = found.method
-        acked = method.INDEX == _ACK
-        tag = method.delivery_tag
-        waiting = self.waiting
-        if not method.multiple:
-            slot = waiting.pop(tag, None)
-            if slot is not None:
-                self._settle(slot, acked)
-            return
-        for lower in range(self._lowest, tag + 1):
-            slot = waiting.pop(lower, None)
-            if slot is not None:
-                self._settle(slot, acked)
-        self._lowest = max(self._lowest, tag + 1)
-
-    def _settle(self, slot: Slot, acked: bool) -> None:
-        call, at = slot
-        if acked:
-            call.settle(at, SENT)
-            return
-        topic = call.messages[at].topic
-        error = Unavailable(
-            f"rabbitmq: topic {topic!r}: the broker did not take a message: one of its queues is full, or has no leader"
-        )
-        call.settle(at, Outcome.unavailable(str(error), error, scope="topic"))
-
-    def _on_return(self, _: object, method: Any, properties: Any, __: bytes) -> None:
-        """Nobody would get it. Comes before its confirm, and names no tag."""
-        for tags in (range(self._returned, self._next), range(self._lowest, self._returned)):
-            for tag in tags:
-                slot = self.waiting.get(tag)
-                if slot is not None and slot[0].messages[slot[1]].id == properties.message_id:
-                    self._returned = tag + 1
-                    call, at = slot
-                    error = unroutable(call.messages[at].topic, method)
-                    call.settle(at, Outcome.unavailable(str(error), error, scope="topic"))
-                    return
-
-    def _lost(self, reason: BaseException) -> None:
-        """What had no confirm is not sent, as far as anybody knows."""
-        slots = list(self.waiting.values())
-        self.waiting.clear()
-        scope_is_topic = isinstance(reason, exceptions.ChannelClosedByBroker)
-        said = _LIMIT.search(link_.text(reason)) if scope_is_topic else None
-        limit = int(said[1]) if said is not None else None
-        if limit is not None and self.on_limit is not None:
-            self.on_limit(limit)
-        for call, at in slots:
-            message = call.messages[at]
-            if limit is not None and len(message.payload or b"") > limit:
-                call.settle(at, _too_large(message, limit))
-                continue
-            what = f"topic {message.topic!r} cannot be written to" if scope_is_topic else "the connection was lost"
-            error = refusal(reason, what)
-            if not isinstance(error, Unavailable):
-                error = Unavailable(str(error))
-            call.settle(at, Outcome.unavailable(str(error), error, _scope(scope_is_topic)))
-
-
-_ACK: Final = 0x003C0050
-
-
-def unroutable(topic: str, method: Any) -> Unavailable:
-    return Unavailable(
-        f"rabbitmq: topic {topic!r}: no queue is bound to exchange {method.exchange!r} for routing key "
-        f"{method.routing_key!r}, so nobody would get the message; start its consumers (a group's queue is made when it "
-        "first subscribes), or bind a queue"
-    )
-
 
 class Publisher:
     """All publishing of one transport. Belongs to one event loop."""
@@ -173,6 +40,8 @@ class Publisher:
         self._connecting = asyncio.Lock()
         self._opening: dict[str, asyncio.Lock] = {}
         self._channels: dict[str, Confirmed] = {}
+        self._retired: list[Confirmed] = []
+        """Not used any more, open for what is under way on them."""
         self._limit = settings.max_message_bytes
         self._under_way: set[Call] = set()
         self._to_connect: asyncio.Task[Link] | None = None
@@ -208,7 +77,7 @@ class Publisher:
                 table = wire.as_text(message)
                 routing_key = routing_key_of(topic, message.key, type)
                 if len(body) > limit:
-                    call.settle(at, _too_large(message, limit))
+                    call.settle(at, too_large(message, limit))
                     continue
                 if message.headers or len(routing_key) > 60:
                     _check(message, table, routing_key)
@@ -245,7 +114,7 @@ class Publisher:
             except Refused as error:
                 _settle(call, entries, Outcome.reject(str(error), error))
             except OutboxError as error:
-                _settle(call, entries, Outcome.unavailable(str(error), error, _scope(link.is_open)))
+                _settle(call, entries, Outcome.unavailable(str(error), error, scope(link.is_open)))
             else:
                 self._write(call, topic, entries, confirmed)
 
@@ -271,6 +140,7 @@ class Publisher:
                 raise Unavailable("rabbitmq: this transport is closed")
             if self._link is None or not self._link.is_open:
                 self._channels.clear()
+                self._retired.clear()
                 connecting = self._to_connect = asyncio.create_task(connect(self._settings, "publishing"))
                 try:
                     self._link = await connecting
@@ -285,12 +155,12 @@ class Publisher:
     async def _channel(self, topic: str) -> Confirmed:
         """The topic's channel. Raises `OutboxError`, `Refused` where no topic can be called so."""
         found = self._channels.get(topic)
-        if found is not None and found.channel.is_open:
+        if found is not None and found.usable:
             return found
         async with self._opening.setdefault(topic, asyncio.Lock()):
             try:
                 found = self._channels.get(topic)
-                if found is None or not found.channel.is_open:
+                if found is None or not found.usable:
                     found = await self._open_channel(topic)
                 return found
             finally:
@@ -304,7 +174,7 @@ class Publisher:
         link = await self._connected()
         try:
             await require_exchange(link, topic)
-            await self._make_room()
+            await self._make_room(topic)
             found = self._channels[topic] = await Confirmed.open(link)
             found.on_limit = self._learn_limit
         except ERRORS as error:
@@ -314,14 +184,19 @@ class Publisher:
     def _learn_limit(self, limit: int) -> None:
         self._limit = min(self._limit, limit)
 
-    async def _make_room(self) -> None:
-        if len(self._channels) < CHANNELS:
-            return
-        for topic, confirmed in list(self._channels.items()):
-            if not confirmed.waiting:
-                del self._channels[topic]
-                await confirmed.channel.close()
-                return
+    async def _make_room(self, topic: str) -> None:
+        """Close what the topic's new channel takes the place of, and one that is idle where there are many."""
+        old = self._channels.pop(topic, None)
+        if old is not None and old.channel.is_open:
+            self._retired.append(old)
+        if len(self._channels) >= CHANNELS:
+            idle = next((name for name, confirmed in self._channels.items() if not confirmed.waiting), None)
+            if idle is not None:
+                self._retired.append(self._channels.pop(idle))
+        done = [confirmed for confirmed in self._retired if not confirmed.waiting]
+        self._retired = [confirmed for confirmed in self._retired if confirmed.waiting]
+        for confirmed in done:
+            await confirmed.channel.close()
 
     # ---- when there is no answer
 
@@ -355,7 +230,7 @@ class Publisher:
             if known is None:
                 topic = call.messages[at].topic
                 error = Unavailable(f"rabbitmq: topic {topic!r}: not confirmed {seconds}{said}")
-                call.settle(at, Outcome.unavailable(str(error), error, _scope(answers)))
+                call.settle(at, Outcome.unavailable(str(error), error, scope(answers)))
 
     async def close(self, *, abort: bool) -> None:
         self._closed = True
@@ -369,10 +244,6 @@ class Publisher:
             self._to_connect.cancel()
         if self._link is not None:
             await (self._link.abort() if abort else self._link.close())
-
-
-def _scope(of_the_topic: bool) -> Literal["transport", "topic"]:
-    return "topic" if of_the_topic else "transport"
 
 
 def _settle(call: Call, entries: Iterable[tuple[Any, ...]], outcome: Outcome) -> None:
@@ -402,14 +273,6 @@ def _rejected(message: Outgoing, error: BaseException) -> Outcome:
         refused = Refused(f"rabbitmq: message {message.id} for {message.topic!r} cannot be sent: {error}")
         refused.__cause__ = error
         error = refused
-    return Outcome.reject(str(error), error)
-
-
-def _too_large(message: Outgoing, limit: int) -> Outcome:
-    error = MessageTooLarge(
-        f"rabbitmq: message {message.id} for {message.topic!r} has {len(message.payload or b'')} bytes, and the broker takes "
-        f"at most {limit} (max_message_size there, max_message_bytes in the URL)"
-    )
     return Outcome.reject(str(error), error)
 
 

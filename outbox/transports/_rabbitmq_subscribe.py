@@ -14,9 +14,9 @@ from outbox._outgoing import Outgoing
 from outbox.errors import ConfigurationError, OutboxError, Unavailable
 from outbox.transport import SENT, Delivery, Revoked
 from outbox.transports import _rabbitmq_link as link_
+from outbox.transports._rabbitmq_confirms import Call, Confirmed
 from outbox.transports._rabbitmq_feed import Feed, token_of
 from outbox.transports._rabbitmq_link import CLOSE, ERRORS, Channel, Link, connect
-from outbox.transports._rabbitmq_publish import Call, Confirmed
 from outbox.transports._rabbitmq_settings import Settings
 from outbox.transports._rabbitmq_topology import GroupQueues, consumers, declare_group, declare_retry, refusal
 from outbox.transports._revoking import LET_GO, ask_to_let_go
@@ -201,7 +201,7 @@ class RabbitmqSubscription:
         """Have another queue store it, and confirm that: a crash between this and the acknowledgement leaves it in both.
         Raises `Unavailable` and pika's errors."""
         _, properties, body = feed.out[tag]
-        if self._sending is None or not self._sending.channel.is_open:
+        if self._sending is None or not self._sending.usable:
             self._sending = await Confirmed.open(feed.channel.link)
         call = Call.of([Outgoing(0, properties.message_id, queue, None, None, body, None, None, 0)])
         self._sending.publish("", queue, body, properties, (call, 0))

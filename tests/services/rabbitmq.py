@@ -23,7 +23,7 @@ PLUGINS = ("rabbitmq_consistent_hash_exchange", "rabbitmq_auth_mechanism_ssl")
 
 # epmd ends with the node, whose parent-death signal the shell hands on by `exec`; erl would start one that goes on living.
 START = """\
-setpriv --pdeathsig KILL epmd -port "$ERL_EPMD_PORT" -address 127.0.0.1 &
+[ -n "$SHARED_EPMD" ] || setpriv --pdeathsig KILL epmd -port "$ERL_EPMD_PORT" -address 127.0.0.1 &
 until epmd -port "$ERL_EPMD_PORT" -names >/dev/null 2>&1; do sleep 0.05; done
 exec "$0/rabbitmq-server"
 """
@@ -86,38 +86,58 @@ class Rabbitmq(Service[RabbitmqServer]):
         )
 
     def local(self, options: Options) -> tuple[str, Control]:
-        if not (SCRIPTS / "rabbitmq-server").exists() or shutil.which("epmd") is None:
-            debian_packages(["rabbitmq-server"], purpose="RabbitMQ")
+        require_installed()
         user = unprivileged("rabbitmq")
         folder = new_folder(self.name, detached=options.detached, user=user)
-        port = free_port()
-        settings = {
-            "listeners.tcp.1": f"127.0.0.1:{port}",
-            # On a full disk tests fail for another reason than this one's.
-            "disk_free_limit.absolute": "50MB",
-            "log.console": "true",
-            "log.console.level": "warning",
-        }
-        if self._prepare is not None:
-            settings |= self._prepare(folder)
-        (folder / "rabbitmq.conf").write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
-        (folder / "enabled_plugins").write_text("[" + ",".join(PLUGINS) + "].\n")
-        (folder / "ports").write_text(f"{free_port()} {free_port()}")
-        (folder / "one_core").write_text("" if options.like_production else "yes")
-        (folder / ".erlang.cookie").write_text(folder.name)
-        (folder / ".erlang.cookie").chmod(0o400)
-        if user is not None:
-            for path in folder.iterdir():
-                shutil.chown(path, user)
-        environment = [f"{name}={value}" for name, value in _environment(folder).items()]
-        control = LocalProcess(
-            ["env", *environment, "sh", "-c", START, str(SCRIPTS)],
-            folder,
-            user=user,
-            discard_by_kill=True,
-            detached=options.detached,
-        )
-        return f"amqp://guest:guest@127.0.0.1:{port}", control
+        more = self._prepare(folder) if self._prepare is not None else {}
+        return node(folder, user, more, options)
+
+
+def require_installed() -> None:
+    """Raises `Unavailable` where this machine has no RabbitMQ and may not install one."""
+    if not (SCRIPTS / "rabbitmq-server").exists() or shutil.which("epmd") is None:
+        debian_packages(["rabbitmq-server"], purpose="RabbitMQ")
+
+
+def node(
+    folder: Path,
+    user: str | None,
+    more: Mapping[str, str],
+    options: Options,
+    *,
+    cookie: str | None = None,
+    mapper: int | None = None,
+) -> tuple[str, Control]:
+    """A node that is yet to be started, called as its folder: URL and control. ``more``: further lines of its
+    configuration. ``mapper``: the port of an epmd that it shares with others, as it does the ``cookie``."""
+    port = free_port()
+    settings = {
+        "listeners.tcp.1": f"127.0.0.1:{port}",
+        # On a full disk tests fail for another reason than this one's.
+        "disk_free_limit.absolute": "50MB",
+        "log.console": "true",
+        "log.console.level": "warning",
+        **more,
+    }
+    (folder / "rabbitmq.conf").write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
+    (folder / "enabled_plugins").write_text("[" + ",".join(PLUGINS) + "].\n")
+    (folder / "ports").write_text(f"{free_port()} {mapper or free_port()}")
+    (folder / "shared_epmd").write_text("" if mapper is None else "yes")
+    (folder / "one_core").write_text("" if options.like_production else "yes")
+    (folder / ".erlang.cookie").write_text(cookie or folder.name)
+    (folder / ".erlang.cookie").chmod(0o400)
+    if user is not None:
+        for path in folder.iterdir():
+            shutil.chown(path, user)
+    environment = [f"{name}={value}" for name, value in _environment(folder).items()]
+    control = LocalProcess(
+        ["env", *environment, "sh", "-c", START, str(SCRIPTS)],
+        folder,
+        user=user,
+        discard_by_kill=True,
+        detached=options.detached,
+    )
+    return f"amqp://guest:guest@127.0.0.1:{port}", control
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -130,6 +150,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "RABBITMQ_DIST_PORT": distribution,
         "ERL_EPMD_PORT": mapper,
         "ERL_EPMD_ADDRESS": "127.0.0.1",
+        "SHARED_EPMD": (folder / "shared_epmd").read_text(),
         "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
         "RABBITMQ_CONF_ENV_FILE": "/dev/null",
         "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
