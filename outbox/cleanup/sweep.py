@@ -125,10 +125,13 @@ class Sweep:
         place, rows = self._place, self.pace.rows
         while place.rule < len(self._rules):
             rule, cutoff = self._rules[place.rule]
-            slice = [*_from(rule, place), _at(rule) < sa.literal(cutoff, Stored())]
-            until = connection.scalar(_nth(rule, slice, rows))
-            if until is not None:
-                slice.append(_at(rule) <= sa.literal(until, Stored()))
+            start = _from(rule, place)
+            until = connection.scalar(_nth(rule, start, cutoff, rows))
+            # one bound and no more: SQLite goes by the first, and would walk on to the cutoff
+            end = (
+                _at(rule) < sa.literal(cutoff, Stored()) if until is None else _at(rule) <= sa.literal(until, Stored())
+            )
+            slice = [*start, end]
             removed = self._remove(connection, rule, slice, rows)
             # where the slice was not emptied, there may be more rows of its last time
             place = _Place(place.rule + 1) if until is None else _Place(place.rule, until, after=removed < rows)
@@ -182,14 +185,16 @@ def _at(rule: Rule) -> sa.ColumnElement[Any]:
 
 def _from(rule: Rule, place: _Place) -> list[sa.ColumnElement[bool]]:
     if place.since is None:
-        return []
+        return [rule.at.is_not(None)]
     since = sa.literal(place.since, Stored())
     return [_at(rule) > since if place.after else _at(rule) >= since]
 
 
-def _nth(rule: Rule, slice: Sequence[sa.ColumnElement[bool]], rows: int) -> sa.Select[Any]:
-    """The time of the n-th row from there on; nothing where there are fewer. By the index on the time."""
-    return sa.select(_at(rule)).where(*slice).order_by(rule.at).limit(1).offset(rows - 1)
+def _nth(rule: Rule, start: Sequence[sa.ColumnElement[bool]], cutoff: Any, rows: int) -> sa.Select[Any]:
+    """The time of the n-th row from there on; nothing where that is not old. By the index on the time: the cutoff is
+    compared outside, since PostgreSQL, while it has no statistics, takes a span with two ends for a few rows, and sorts."""
+    nth = sa.select(_at(rule).label("at")).where(*start).order_by(rule.at).limit(1).offset(rows - 1).subquery()
+    return sa.select(nth.c.at).where(nth.c.at < sa.literal(cutoff, Stored()))
 
 
 def _in_one(rule: Rule, old: sa.Select[Any], dialect: str) -> sa.Delete:
