@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from outbox import ConfigurationError
 from outbox.backoff import Backoff
 from outbox.cleanup import Retention
 from outbox.relay import Limits, cleaning
+from outbox.stores import open_store
 from tests.cleanup.past import DAY, handled, ids
 from tests.relay.database import Database
 from tests.relay.running import eventually, relay, running
@@ -98,3 +100,49 @@ def test_an_inbox_that_forgets_before_retries_are_over_is_refused(on_sqlite: Dat
     limits = Limits(attempts=20, backoff=Backoff(most=3600))
     with pytest.raises(ConfigurationError, match="a message's retries by the relay can take 20 h"):
         relay(on_sqlite, "memory://x", limits=limits, retention=Retention(inbox=3600))
+
+
+class Owns:
+    """Leases, as far as cleaning looks at them."""
+
+    def __init__(self, *buckets: int) -> None:
+        self.epochs = dict.fromkeys(buckets, 1)
+
+
+async def test_a_relay_without_bucket_0_leaves_it_to_the_other_and_gives_up_its_place(on_sqlite: Database) -> None:
+    handled(on_sqlite, 31, *(uuid.uuid4() for _ in range(500)))
+    store = open_store(on_sqlite.url, on_sqlite.tables)
+    leases: Any = Owns(1, 2)
+    mine = cleaning.Cleaning(store, leases, Retention())
+    assert await mine.step() == cleaning.FIRST
+    for _ in range(5):
+        assert await mine.step() == cleaning.OTHERS
+    assert on_sqlite.count("inbox") == 500
+    leases.epochs[0] = 1
+    await mine.step()
+    await mine.step()
+    assert on_sqlite.count("inbox") == 300
+    del leases.epochs[0]
+    for _ in range(5):
+        assert await mine.step() == cleaning.OTHERS
+    assert on_sqlite.count("inbox") == 300
+    await store.close()
+
+
+async def test_what_fails_is_tried_again_after_longer_and_longer(on_sqlite: Database) -> None:
+    handled(on_sqlite, 31)
+    store = open_store(on_sqlite.url, on_sqlite.tables)
+    leases: Any = Owns(0)
+    mine = cleaning.Cleaning(store, leases, Retention())
+    await mine.step()
+    on_sqlite.execute(
+        sa.text("create trigger refuse before delete on outbox_inbox begin select raise(abort, 'not you'); end")
+    )
+    assert await mine.step() == 0.0
+    pauses = [await mine.step() for _ in range(5)]
+    assert pauses[0] > 0.1
+    assert all(later > earlier for earlier, later in pairwise(pauses))
+    on_sqlite.execute(sa.text("drop trigger refuse"))
+    assert await mine.step() < pauses[0]
+    assert on_sqlite.count("inbox") == 0
+    await store.close()
