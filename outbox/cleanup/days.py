@@ -29,8 +29,9 @@ AT_ONCE: Final = 1000  # rows that are written to an archive
 
 DETACHED: Final = "pyoutbox: this was a day of the inbox, and is dropped by the next cleanup"
 REFUSED: Final = "42501"
-# lock_timeout, statement_timeout, deadlock; another cleanup made it (twice); the default partition has rows of that day
-GIVES_WAY: Final = frozenset({"55P03", "57014", "40P01", "42P07", "23505", "23514"})
+# lock_timeout, statement_timeout, deadlock; another cleanup made it (twice), or has dropped it; the default partition has
+# rows of that day
+GIVES_WAY: Final = frozenset({"55P03", "57014", "40P01", "42P07", "23505", "42P01", "23514"})
 
 Chore = Callable[[sa.Connection], int]
 """Does one thing in the transaction it is given, and returns how many inbox rows are gone by it."""
@@ -118,9 +119,13 @@ class Days:
         """Whether a row in it must stay: each is asked what every row of the inbox is asked before it is deleted."""
         rule = self._rule(self._table(one.name))
         stays = sa.or_(rule.at >= self._cutoff, sa.not_(rule.removable()))
-        if not connection.scalar(sa.select(sa.exists().select_from(rule.table).where(stays))):
-            self._free.add(one.name)
-        return 0
+
+        def look() -> int:
+            if not connection.scalar(sa.select(sa.exists().select_from(rule.table).where(stays))):
+                self._free.add(one.name)
+            return 0
+
+        return self._giving_way(connection, f"looking at {one.name}", look, work="0")  # it may take its time
 
     def _detach(self, one: Partition, connection: sa.Connection) -> int:
         """No row of it becomes needed between the look and the lock (see `outbox.cleanup.rules`), but one may come: a message

@@ -52,15 +52,19 @@ class Cleaning:
         if 0 not in self._leases.epochs:
             self._sweep = None
             return OTHERS
+        begins = self._sweep is None
         try:
-            pause = await self._continue() if self._sweep is not None else await self._begin()
+            pause = await self._begin() if begins else await self._continue()
         except (ConfigurationError, StoreUnavailable) as error:  # a clock that has jumped, a role that may not delete
             self._failures += 1
+            if self._failures > 2:
+                self._sweep = None  # what it was about may not be there any more: an inbox put into partitions, or back
             if self._failures > 1 and str(error) != self._told:  # once: a deadlock that was lost is nobody's business
                 self._told = str(error)
                 log.error("cannot remove what is over, and tries again from time to time: %s", error)
             return AGAIN.delay(self._failures)
-        self._failures = 0
+        if not begins:
+            self._failures = 0
         return pause
 
     async def _begin(self) -> float:

@@ -24,10 +24,13 @@ from outbox.cleanup import Cleanup, Retention, days
 from outbox.dialects import clock
 from outbox.observe.partitions import Partition, inbox_partitions, lowest_id
 from outbox.observe.status import status
+from outbox.relay import cleaning
+from outbox.stores import open_store
 from tests.cleanup.past import DAY, KEEP, buried, cleanup, handled, ids, tried, unsent
 from tests.relay.database import Database
 from tests.relay.running import eventually, relay, running
 from tests.relay.scripted import Scripted
+from tests.relay.test_cleaning import Owns
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TODAY = dt.datetime.now(dt.UTC).date()
@@ -421,3 +424,43 @@ def test_two_outboxes_of_one_database_are_each_put_into_partitions_by_itself(on_
 def test_other_databases_say_that_they_have_none(on_sqlite: Database) -> None:
     with pytest.raises(OutboxError, match="PostgreSQL only, this is sqlite"):
         outbox_migrations.partition_inbox(on_sqlite.engine)
+
+
+# ---------------------------------------------------------------- several at once
+
+
+@pytest.mark.parametrize("before", ["_look", "_detach", "_drop", "_make"])
+def test_two_cleanups_at_once_do_it_once(database: Database, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+    """The other has done all of it while this one was about to."""
+    old = day(database, 40)
+    handled(database, 39, *[id_of(39.9) for _ in range(3)])
+    chore = getattr(days.Days, before)
+    others: list[int] = []
+
+    def overtaken(self: days.Days, *given: object) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(days.Days, before, chore)
+            if not others:
+                others.append(cleanup(database).run().removed.get("inbox", 0))
+        found: int = chore(self, *given)
+        return found
+
+    monkeypatch.setattr(days.Days, before, overtaken)
+    done = cleanup(database).run()
+    assert done.removed.get("inbox", 0) + others[0] == 3
+    assert old not in tables(database)
+    assert len(parts(database)) == days.AHEAD + 1
+    assert ids(database, "inbox") == set()
+
+
+async def test_a_relay_begins_its_sweep_anew_where_partitions_came_or_went_meanwhile(database: Database) -> None:
+    handled(database, 39, *[uuid.uuid4() for _ in range(600)])
+    store = open_store(database.url, database.tables)
+    mine = cleaning.Cleaning(store, Owns(0), KEEP)  # type: ignore[arg-type]
+    while database.count("inbox") == 600:
+        await mine.step()
+    outbox_migrations.unpartition_inbox(database.engine)
+    for _ in range(30):
+        await mine.step()
+    assert database.count("inbox") == 0
+    await store.close()
