@@ -57,6 +57,7 @@ XMIN_AND_XID: Final = XMIN + ", pg_current_xact_id()::text::bigint"
 
 ZERO: Final = -(1 << 63)  # below every position, also below one that was written by hand
 LOOK: Final = 0.1  # seconds between two looks at the transactions
+ENDED: Final = 0.02  # seconds between two questions whether those that were noted have ended
 SWEEP: Final = 15.0  # seconds between two reads from zero
 WAITING: Final = 600  # looks that a writing transaction may stay open before they are thinned out
 
@@ -92,10 +93,19 @@ class Floor:
         """Whether a `look` would find nothing out."""
         return not self._waiting and self._highest <= self.position
 
-    def look(self, xmin: int, xid: int | None) -> None:
+    @property
+    def waits(self) -> bool:
+        """Whether a question for what has ended may find something out."""
+        return bool(self._waiting)
+
+    def ended(self, xmin: int) -> None:
         """Before a read: what has ended by now, for that read to make use of."""
         while self._waiting and self._waiting[0][1] <= xmin:
             self._next = self._waiting.pop(0)[0]
+
+    def look(self, xmin: int, xid: int | None) -> None:
+        """`ended`, and notes what is to end next. Two looks are `LOOK` apart: see above."""
+        self.ended(xmin)
         if xid is not None:
             if len(self._waiting) >= WAITING:
                 self._waiting.pop()
@@ -148,7 +158,7 @@ class PostgresqlStore:
 
     def rewind(self) -> None:
         self._floor = Floor()
-        self._looked = 0.0
+        self._looked = self._asked = 0.0
         self._swept = time.monotonic()
 
     async def read(
@@ -176,10 +186,15 @@ class PostgresqlStore:
             cursor = await self._cursor(self._reader)
             floor, now = self._floor, time.monotonic()
             if now - self._looked >= LOOK and not floor.at_rest:
-                self._looked = now
+                self._looked = self._asked = now
                 row = await (await cursor.execute(XMIN_AND_XID if floor.wants_id else XMIN)).fetchone()
                 assert row is not None
                 floor.look(row[0], row[1] if len(row) > 1 else None)
+            elif floor.waits and now - self._asked >= ENDED:
+                self._asked = now
+                row = await (await cursor.execute(XMIN)).fetchone()
+                assert row is not None
+                floor.ended(row[0])
             sweep = now - self._swept >= SWEEP
             parameters["start"] = ZERO if sweep else floor.position
             query: Any = self._read_sql.format(and_=and_)

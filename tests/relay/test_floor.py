@@ -286,3 +286,24 @@ def test_an_open_transaction_of_hours_does_not_fill_the_memory() -> None:
     floor.look(xmin=10 * WAITING, xid=None)
     floor.has_read(None, full=False)
     assert floor.position > 1.9 * WAITING
+
+
+def test_what_is_asked_between_two_looks_notes_nothing() -> None:
+    """The id that belongs to a position is that of the look after, not of a question a moment later: a transaction may have
+    taken its position and not yet its id."""
+    floor = Floor()
+    floor.has_read(10, full=False)
+    floor.look(xmin=5, xid=None)  # notes position 10
+    assert floor.wants_id
+    assert not floor.waits
+    floor.ended(xmin=100)
+    floor.has_read(20, full=False)
+    assert floor.wants_id
+    floor.look(xmin=100, xid=101)
+    assert floor.waits
+    floor.ended(xmin=100)  # 101 is still open
+    floor.has_read(30, full=False)
+    assert floor.position < 10
+    floor.ended(xmin=102)
+    floor.has_read(40, full=False)
+    assert floor.position == 10
