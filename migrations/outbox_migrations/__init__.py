@@ -21,7 +21,7 @@ from outbox_migrations._alone import alone, begin_alone, require_schema
 from outbox_migrations._filter import include_object, include_object_for
 from outbox_migrations._grants import grants
 from outbox_migrations._online import PATIENCE, Online
-from outbox_migrations._operations import Operation, note_version
+from outbox_migrations._operations import Operation, is_partitioned, note_version
 from outbox_migrations._step import Place, Step
 from outbox_migrations._version import version_in
 from outbox_migrations.v0001_tables import STEP as TABLES
@@ -231,7 +231,8 @@ def unpartition_inbox(
     patience: float = PATIENCE,
 ) -> bool:
     """The way back from `partition_inbox`. **Consumers wait while the days' rows are copied** (some seconds a million): run
-    `outbox cleanup` before, and at a quiet hour. Raises as `partition_inbox` does."""
+    `outbox cleanup` before, and at a quiet hour. Raises as `partition_inbox` does, and `ConfigurationError` in a transaction
+    of yours that is not READ COMMITTED: it would leave behind what is claimed while it waits for its lock."""
     return _partition(where, schema, prefix, patience, partitioned=False)
 
 
@@ -259,6 +260,7 @@ def _partition(
     if isinstance(where, sa.Engine):
         found = _partitions.operation(where.dialect.name, schema, prefix, partitioned=partitioned)
         with alone(where, tables, patience) as (connection, commit, _):
+            connection.execution_options(isolation_level="READ COMMITTED")  # whatever the application's is
             return _carry_out(found, lambda: connection, patience, schema, prefix, commit)
     if isinstance(where, sa.Connection):
         found = _partitions.operation(where.dialect.name, schema, prefix, partitioned=partitioned)
@@ -282,6 +284,8 @@ def _carry_out(
     _require_latest(connection(), schema, prefix)
     if operation.done(connection()):
         return False
+    if is_partitioned(connection(), operation.table):
+        _partitions.require_read_committed(connection())
     Online(connection, patience=patience, commit=commit).carry_out([operation])
     return True
 

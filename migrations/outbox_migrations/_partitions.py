@@ -60,10 +60,15 @@ _PARTITION: Final = (
 $outbox$"""
 )
 
+# With the snapshot of a transaction, which is older than the lock, what was claimed while the lock was waited for would not
+# be copied, and its effect come twice.
 _UNITE: Final = (
     """DO $outbox$
   DECLARE given record;
   BEGIN
+    IF current_setting('transaction_isolation') NOT LIKE 'read %' THEN
+      RAISE EXCEPTION 'the inbox is copied at READ COMMITTED only, this is %', current_setting('transaction_isolation');
+    END IF;
     LOCK TABLE {inbox} IN ACCESS EXCLUSIVE MODE;
     ALTER TABLE {inbox} DETACH PARTITION {default};
     ALTER TABLE {inbox} RENAME TO {name}_days;
@@ -113,6 +118,16 @@ def operation(dialect: str, schema: str | None, prefix: str, *, partitioned: boo
     text = (_PARTITION if partitioned else _UNITE).format(**names)
     ddl: Any = sa.DDL(text.replace("%", "%%"))  # type: ignore[no-untyped-call]
     return Operation(what, tables.inbox, ddl, _is(tables, partitioned), "ACCESS EXCLUSIVE")
+
+
+def require_read_committed(connection: sa.Connection) -> None:
+    """Raises `ConfigurationError` where the copy would be of a snapshot that is older than its lock."""
+    level = connection.scalar(sa.text("SHOW transaction_isolation"))
+    if not str(level).startswith("read "):
+        raise ConfigurationError(
+            f"unpartition_inbox: this transaction is {str(level).upper()}, and would leave behind what consumers claim while "
+            "it waits for its lock. Give it an Engine, or a transaction at READ COMMITTED"
+        )
 
 
 def _is(tables: Tables, partitioned: bool) -> Callable[[sa.Connection], bool]:

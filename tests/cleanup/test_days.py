@@ -12,6 +12,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -383,6 +384,46 @@ def test_consumers_go_on_while_an_inbox_is_put_into_partitions_and_back(on_postg
     assert ids(database, "inbox") == set(shared)
     with database.engine.connect() as connection:
         assert inbox_partitions(connection, database.tables) is None
+
+
+@pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+def test_what_is_claimed_while_the_way_back_waits_for_its_lock_is_carried_over(
+    database: Database, isolation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever isolation level engines of the application have: a row that is left behind would be an effect twice."""
+    monkeypatch.setattr("outbox_migrations._online.LOCK_TIMEOUT", 30)
+    cleanup(database).run()
+    late = id_of(-1)
+    engine = database.engine.execution_options(isolation_level=isolation)
+    with database.engine.connect() as handler:
+        assert database.outbox.claim(handler, "billing", late)
+        with ThreadPoolExecutor(1) as pool:
+            uniting = pool.submit(outbox_migrations.unpartition_inbox, engine)
+            _until_it_waits(database, uniting)
+            handler.commit()
+            assert uniting.result()
+    with database.engine.begin() as connection:
+        assert database.outbox.claim(connection, "billing", late) is False
+
+
+@pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_a_transaction_whose_snapshot_is_older_than_its_lock_does_not_copy_the_inbox(
+    database: Database, isolation: str
+) -> None:
+    script = outbox_migrations.script_inbox("postgresql", partitioned=False).replace("%", "%%")
+    engine = database.engine.execution_options(isolation_level=isolation)
+    with engine.begin() as connection, pytest.raises(OutboxError, match=f"{isolation}.* READ COMMITTED"):
+        outbox_migrations.unpartition_inbox(connection)
+    with engine.connect() as connection, pytest.raises(sa.exc.DBAPIError, match="at READ COMMITTED only"):
+        connection.exec_driver_sql(script)
+    assert "outbox_inbox_default" in parts(database)
+
+
+def _until_it_waits(database: Database, work: Future[bool]) -> None:
+    waiting = "select count(*) from pg_locks where not granted and relation = 'outbox_inbox'::regclass"
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        while not work.done() and not connection.exec_driver_sql(waiting).scalar():
+            pass
 
 
 def test_a_snapshot_of_the_inbox_is_waited_for_and_named(database: Database) -> None:
