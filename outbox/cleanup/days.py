@@ -29,6 +29,7 @@ AT_ONCE: Final = 1000  # rows that are written to an archive
 
 DETACHED: Final = "pyoutbox: this was a day of the inbox, and is dropped by the next cleanup"
 REFUSED: Final = "42501"
+TOOK_LONG: Final = "57014"
 # lock_timeout, statement_timeout, deadlock; another cleanup made it (twice), or has dropped it; the default partition has
 # rows of that day
 GIVES_WAY: Final = frozenset({"55P03", "57014", "40P01", "42P07", "23505", "42P01", "23514"})
@@ -62,6 +63,7 @@ class Days:
         self.tables, self.partitions, self._now, self._seconds = tables, partitions, now, seconds
         self._sparing, self._archive = sparing, archive
         self._free: set[str] = set()
+        self._slow = False
         self.notes: list[str] = []
 
     def chores(self, connection: sa.Connection) -> Iterator[Chore]:
@@ -98,7 +100,10 @@ class Days:
                 yield day
 
     def _make(self, day: dt.date, connection: sa.Connection) -> int:
-        """A table that is attached, rather than made as a partition: that would lock the inbox."""
+        """A table that is attached, rather than made as a partition: that would lock the inbox. Where the default one takes
+        too long to be read, it would for each other day, and its consumers wait."""
+        if self._slow:
+            return 0
         name = self._quoted(connection, f"{self.tables.prefix}inbox_d{day:%Y%m%d}")
         inbox = self._quoted(connection, self.tables.inbox.name)
         first, until = lowest_id(day), lowest_id(day + dt.timedelta(days=1))
@@ -195,6 +200,9 @@ class Days:
                 self.notes.append(f"{what} was refused: {words(refusal)}. Until then its rows are deleted one by one")
             elif state not in GIVES_WAY:
                 raise
+            elif state == TOOK_LONG:
+                self._slow = True
+                self.notes.append(f"{what} took longer than {work or WORK}, while consumers may have waited: given up")
             return 0
 
     @property

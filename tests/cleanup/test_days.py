@@ -107,6 +107,26 @@ def test_a_day_whose_rows_came_before_its_partition_stays_in_the_default_one(dat
         assert database.outbox.claim(connection, "billing", id_of(-2)) is True
 
 
+def test_where_the_default_one_takes_too_long_to_be_read_consumers_wait_for_it_once(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not seven times in each sweep, for as long as it is that large."""
+    monkeypatch.setattr(days, "WORK", "3ms")
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql("alter table outbox_inbox_default set (autovacuum_enabled = off)")  # its lock
+        connection.exec_driver_sql(
+            "insert into outbox_inbox (consumer, message_id, outcome)"
+            " select 'billing', gen_random_uuid(), 'done' from generate_series(1, 300000)"
+        )
+    (note,) = cleanup(database).run().notes
+    assert "making the inbox's partition" in note
+    assert "took longer than 3ms" in note
+    assert set(parts(database)) == {"outbox_inbox_default"}
+    monkeypatch.undo()
+    assert cleanup(database).run().notes == []
+    assert len(parts(database)) == days.AHEAD + 1
+
+
 def test_a_claim_is_true_once_in_whatever_partition(database: Database) -> None:
     cleanup(database).run()
     for id in (id_of(-1), id_of(0), uuid.uuid4(), uuid.uuid5(uuid.NAMESPACE_DNS, "x")):
