@@ -30,6 +30,7 @@ AT_ONCE: Final = 1000  # rows that are written to an archive
 DETACHED: Final = "pyoutbox: this was a day of the inbox, and is dropped by the next cleanup"
 REFUSED: Final = "42501"
 TOOK_LONG: Final = "57014"
+IN_DEFAULT: Final = "23514"
 # lock_timeout, statement_timeout, deadlock; another cleanup made it (twice), or has dropped it; the default partition has
 # rows of that day
 GIVES_WAY: Final = frozenset({"55P03", "57014", "40P01", "42P07", "23505", "42P01", "23514"})
@@ -200,6 +201,10 @@ class Days:
                 self.notes.append(f"{what} was refused: {words(refusal)}. Until then its rows are deleted one by one")
             elif state not in GIVES_WAY:
                 raise
+            elif state == IN_DEFAULT:
+                self.notes.append(
+                    f"{what} is not possible: the default one has ids of that day. They are deleted by age"
+                )
             elif state == TOOK_LONG:
                 self._slow = True
                 self.notes.append(f"{what} took longer than {work or WORK}, while consumers may have waited: given up")
