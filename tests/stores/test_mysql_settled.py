@@ -160,6 +160,32 @@ async def test_what_is_known_ends_with_a_connection(on_mariadb: Database, store:
     assert [r.key for r in await store.read(None, (), (), 10)] == ["again"]
 
 
+async def test_what_a_settle_removes_is_not_known_where_a_connection_ended_meanwhile(
+    on_mariadb: Database, store: MysqlStore
+) -> None:
+    """It was sent to the server before."""
+    on_mariadb.add(*["k"] * 3)
+    rows = await store.read(None, (), (), 10)
+    message = on_mariadb.tables.message
+    settles = sa.text("select count(*) from information_schema.processlist where info like 'delete m from%'")
+    (thread,), _ = await store._reader.execute("select connection_id()")
+
+    def settling() -> bool:
+        with on_mariadb.engine.connect() as connection:
+            return bool(connection.scalar(settles))
+
+    with on_mariadb.engine.connect() as holding:
+        holding.execute(sa.select(message).where(message.c.position == rows[1].position).with_for_update())
+        task = asyncio.create_task(store.settle(rows))
+        await eventually(settling)
+        on_mariadb.execute(sa.text(f"kill {thread[0]}"))
+        with pytest.raises(Exception, match=r"."):
+            await store.read(None, (), (), 10)
+    assert await task == 3
+    on_mariadb.add("again", position=rows[1].position)
+    assert [r.key for r in await store.read(None, (), (), 10)] == ["again"]
+
+
 async def test_nothing_is_known_of_rows_that_were_not_there(on_mariadb: Database, store: MysqlStore) -> None:
     """Another message has the position of one of them, so ours was another server's."""
     on_mariadb.add("a", "b", "c")
