@@ -50,6 +50,8 @@ _PARTITION: Final = (
     + """
     ALTER INDEX IF EXISTS {schema}{index} RENAME TO {default_name}_processed_at_idx;
     CREATE TABLE {inbox} (LIKE {default} INCLUDING ALL EXCLUDING INDEXES) PARTITION BY RANGE (message_id);
+    EXECUTE format('ALTER TABLE {inbox} SET SCHEMA %I',
+      (SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = '{default}'::regclass));
     ALTER TABLE {inbox} ADD CONSTRAINT {key} PRIMARY KEY (consumer, message_id);
     CREATE INDEX {index} ON {inbox} (processed_at);
 """

@@ -105,7 +105,8 @@ class Days:
         too long to be read, it would for each other day, and its consumers wait."""
         if self._slow:
             return 0
-        name = self._quoted(connection, f"{self.tables.prefix}inbox_d{day:%Y%m%d}")
+        day_of = sa.table(f"{self.tables.prefix}inbox_d{day:%Y%m%d}", schema=self._home(connection))
+        name = connection.dialect.identifier_preparer.format_table(day_of)
         inbox = self._quoted(connection, self.tables.inbox.name)
         first, until = lowest_id(day), lowest_id(day + dt.timedelta(days=1))
         statements = (
@@ -209,6 +210,14 @@ class Days:
                 self._slow = True
                 self.notes.append(f"{what} took longer than {work or WORK}, while consumers may have waited: given up")
             return 0
+
+    def _home(self, connection: sa.Connection) -> str | None:
+        """The schema of the inbox, which need not be the first one in the search path."""
+        query = sa.text(
+            "SELECT nspname FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid WHERE c.oid = to_regclass(:inbox)"
+        )
+        home: str | None = connection.scalar(query, {"inbox": self._quoted(connection, self.tables.inbox.name)})
+        return home
 
     @property
     def _cutoff(self) -> dt.datetime:

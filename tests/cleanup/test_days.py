@@ -483,6 +483,22 @@ def test_two_outboxes_of_one_database_are_each_put_into_partitions_by_itself(on_
         assert all(one.name.startswith(f"{prefix}inbox_d") for one in found)
 
 
+def test_all_of_an_inbox_stays_in_its_schema_where_another_comes_first_in_the_search_path(
+    on_postgresql: Database,
+) -> None:
+    """Where others do not look, and where cleanup does not look for what it has detached."""
+    with on_postgresql.engine.begin() as connection:
+        connection.exec_driver_sql("create schema first")
+    url = sa.make_url(on_postgresql.url).update_query_dict({"options": "-csearch_path=first,public"})
+    engine = sa.create_engine(url)
+    assert outbox_migrations.partition_inbox(engine)
+    Cleanup(on_postgresql.outbox, database=engine, retention=KEEP).run()
+    engine.dispose()
+    assert len(parts(on_postgresql)) == days.AHEAD + 1
+    with on_postgresql.engine.connect() as connection:
+        assert sa.inspect(connection).get_table_names("first") == []
+
+
 def test_other_databases_say_that_they_have_none(on_sqlite: Database) -> None:
     with pytest.raises(OutboxError, match="PostgreSQL only, this is sqlite"):
         outbox_migrations.partition_inbox(on_sqlite.engine)
