@@ -138,8 +138,8 @@ class Subscription(Protocol):
         ...
 
 
-class Transport(Protocol):
-    """One broker. Made from a URL or by hand; nothing is connected until the first call that needs it."""
+class Publisher(Protocol):
+    """What a relay needs of a broker."""
 
     @property
     def capabilities(self) -> Capabilities: ...
@@ -157,6 +157,16 @@ class Transport(Protocol):
         """Send messages (rows) and wait for the broker's word on each; one outcome a message, in order. Never raises for
         a message or for a broker that is away. What can be refused is refused before anything of its key is sent."""
         ...
+
+    async def close(self, *, abort: bool = False) -> None:
+        """Let go of the broker, and close the subscriptions. ``abort``: at once, as if the process were killed (nothing is
+        committed, no group is left), and nothing that was handed over before is sent afterwards. What is on the wire at
+        that moment may still be stored."""
+        ...
+
+
+class Transport(Publisher, Protocol):
+    """One broker. Made from a URL or by hand; nothing is connected until the first call that needs it."""
 
     async def subscribe(
         self,
@@ -179,10 +189,4 @@ class Transport(Protocol):
 
     async def check(self, topics: Sequence[str]) -> list[str]:
         """What is wrong with these topics, one sentence each; empty if nothing is."""
-        ...
-
-    async def close(self, *, abort: bool = False) -> None:
-        """Let go of the broker, and close the subscriptions. ``abort``: at once, as if the process were killed (nothing is
-        committed, no group is left), and nothing that was handed over before is sent afterwards. What is on the wire at
-        that moment may still be stored."""
         ...

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import sqlalchemy as sa
@@ -16,12 +17,11 @@ from outbox._outbox import Outbox
 from outbox.cleanup.retention import Retention
 from outbox.errors import ConfigurationError, OutboxError, StoreUnavailable, Unavailable
 from outbox.observe.schema import check_schema
-from outbox.relay.circuit import EVERYTHING
 from outbox.relay.cleaning import Cleaning
 from outbox.relay.flow import Counts, Flow, Limits
 from outbox.relay.leases import Leases, holders
 from outbox.relay.parking import Due, due
-from outbox.relay.publishing import close
+from outbox.relay.routes import ALL, Routes
 from outbox.relay.schedule import move_due
 from outbox.store import Store
 from outbox.stores import open_store
@@ -54,7 +54,9 @@ class Relay:
 
     ``database``: URL, `sqlalchemy.URL`, `Engine` or `AsyncEngine`; None takes it from ``OUTBOX_DATABASE``.
     ``transport``: URL or `Transport` (which is the relay's from then on: it closes it); None takes it from
-    ``OUTBOX_TRANSPORT``. ``lease``: seconds after which a dead relay's share is taken over. ``drain_timeout``: seconds
+    ``OUTBOX_TRANSPORT``. ``routes``: several of them, by pattern of topics: ``{"audit.*": "sqs://…", "*": "kafka://…"}``. A
+    topic goes by its own name, else by the first pattern that fits, where ``*`` is the last; ``transport`` is another way to
+    say ``"*"``. An outage of one does not hold up the others. ``lease``: seconds after which a dead relay's share is taken over. ``drain_timeout``: seconds
     that a stop may take before what is in flight is left to be sent again. Other limits: `Limits`. ``retention``: how long
     inbox rows and other things that are over are kept (`outbox.cleanup.Retention`); one of the relays removes what is older
     in the background. None takes it from ``OUTBOX_RETENTION_…``; `Retention.forever` removes nothing.
@@ -69,6 +71,7 @@ class Relay:
         *,
         database: str | sa.URL | sa.Engine | AsyncEngine | None = None,
         transport: str | Transport | None = None,
+        routes: Mapping[str, str | Transport] | None = None,
         lease: float = 10.0,
         drain_timeout: float = 25.0,
         limits: Limits | None = None,
@@ -83,7 +86,7 @@ class Relay:
             self.limits.attempts * self.limits.backoff.most + lease, "a message's retries by the relay"
         )
         self._lease, self._drain_timeout = lease, drain_timeout
-        self._database, self._transport = database, transport
+        self._database, self._transport, self._routes = database, transport, dict(routes or {})
         self._flow: Flow | None = None
         self._stop: asyncio.Event | None = None
         self._task: asyncio.Task[None] | None = None
@@ -134,14 +137,14 @@ class Relay:
     async def adrain(self) -> Drained:
         """`drain`, for an event loop that is running already."""
         stop = asyncio.Event()
-        store, transport = await self._open(patience=PATIENCE)
-        running = asyncio.create_task(self._run(store, transport, stop, clean=False))
+        store, routes = await self._open(patience=PATIENCE)
+        running = asyncio.create_task(self._run(store, routes, stop, clean=False))
         try:
             while not running.done():
                 flow = self._flow
-                if flow is not None and ((self._looked and flow.at_rest) or EVERYTHING in flow.circuits):
-                    if flow.circuits:
-                        broken = "; ".join(str(state["reason"]) for state in flow.circuits.state().values())
+                if flow is not None and ((self._looked and flow.at_rest) or flow.routes.all_down):
+                    if troubles := flow.routes.troubles():
+                        broken = "; ".join(str(trouble["reason"]) for trouble in troubles.values())
                         raise Unavailable(f"stopped draining, the rest is still in the outbox: {broken}")
                     break
                 if flow is not None and (error := flow.troubles.lasting(PATIENCE)) is not None:
@@ -157,9 +160,9 @@ class Relay:
         """Run beside an application. Does not fail because a broker is away; `SchemaMismatch`, `ConfigurationError` and,
         after some seconds, `StoreUnavailable` are raised. A relay that dies later is logged and never cancels the
         application."""
-        store, transport = await self._open(patience=PATIENCE)
+        store, routes = await self._open(patience=PATIENCE)
         self._stop = asyncio.Event()
-        self._task = asyncio.create_task(self._run(store, transport, self._stop), name="outbox-relay")
+        self._task = asyncio.create_task(self._run(store, routes, self._stop), name="outbox-relay")
         self._task.add_done_callback(_log_death)
         return self
 
@@ -178,28 +181,28 @@ class Relay:
             await asyncio.wait([opening, stopping], return_when=asyncio.FIRST_COMPLETED)
             if not opening.done():
                 return
-            store, transport = opening.result()
+            store, routes = opening.result()
         finally:
             for task in (opening, stopping):
                 task.cancel()
             await asyncio.gather(opening, stopping, return_exceptions=True)
-        await self._run(store, transport, stop)
+        await self._run(store, routes, stop)
 
     # ------------------------------------------------------------ the work
 
-    async def _open(self, patience: float | None = None) -> tuple[Store, Transport]:
-        """The store, with its tables checked, and the transport, not connected yet. Waits for a database that is away, up
+    async def _open(self, patience: float | None = None) -> tuple[Store, Routes]:
+        """The store, with its tables checked, and the transports, not connected yet. Waits for a database that is away, up
         to ``patience`` seconds (None: for ever). Raises `SchemaMismatch`, `ConfigurationError` and `StoreUnavailable`."""
         self.started.clear()
         self._flow, self._looked, self._waits = None, False, False
-        transport = self._open_transport()
+        routes = self._open_routes()
         store = open_store(self._database, self.outbox.tables)
         began, pause = asyncio.get_running_loop().time(), 0.1
         try:
             while True:
                 try:
                     await store.run(lambda connection: check_schema(connection, self.outbox.tables))
-                    return store, transport
+                    return store, routes
                 except StoreUnavailable as error:
                     if patience is not None and asyncio.get_running_loop().time() - began > patience:
                         raise
@@ -210,17 +213,24 @@ class Relay:
             await store.close()
             raise
 
-    def _open_transport(self) -> Transport:
-        transport = self._transport if self._transport is not None else from_environment("OUTBOX_TRANSPORT")
-        if transport is None:
+    def _open_routes(self) -> Routes:
+        given = dict(self._routes)
+        transport = self._transport
+        if transport is None and ALL not in given:
+            transport = from_environment("OUTBOX_TRANSPORT")
+        if transport is not None:
+            if ALL in given:
+                raise ConfigurationError("transport=… and routes={'*': …} are both given: leave one of them out")
+            given[ALL] = transport
+        if not given:
             raise ConfigurationError(
                 "no transport given: pass transport=… (a URL or a Transport) or --transport, or set OUTBOX_TRANSPORT "
-                "or OUTBOX_TRANSPORT_FILE"
+                "or OUTBOX_TRANSPORT_FILE; several by pattern of topics: routes={…} or --route"
             )
-        return open_transport(transport)
+        return Routes({pattern: partial(open_transport, each) for pattern, each in given.items()})
 
-    async def _run(self, store: Store, transport: Transport, stop: asyncio.Event, *, clean: bool = True) -> None:
-        flow = self._flow = Flow(store, transport, Leases(store, self._lease), self.limits, self.started)
+    async def _run(self, store: Store, routes: Routes, stop: asyncio.Event, *, clean: bool = True) -> None:
+        flow = self._flow = Flow(store, routes, Leases(store, self._lease), self.limits, self.started)
         # a stop of its own for the flow, so that the leases are renewed until the last message is settled
         finishing = asyncio.Event()
         work: dict[str, Callable[[], Awaitable[float]]] = {
@@ -248,7 +258,7 @@ class Relay:
             for task in (*beside, removing, flowing, stopping):
                 task.cancel()
             await asyncio.gather(*beside, removing, flowing, stopping, return_exceptions=True)
-            await close(flow.transport, abort=not clean)
+            await routes.close(abort=not clean)
             with contextlib.suppress(StoreUnavailable, TimeoutError):  # then the leases expire by themselves
                 await asyncio.wait_for(flow.leases.release(leave=True), GOODBYE)
             await store.close()
@@ -315,13 +325,13 @@ class Relay:
         if leases.epochs and not leases.valid:
             log.error("the leases ran out before they could be renewed; sending stops until they are")
             leases.epochs = {}
-            await flow.abort(self._open_transport)
+            await flow.abort()
         return max(0.01, min(leases.left, self._lease / 6))
 
 
 def _state(flow: Flow) -> dict[str, Any]:
     """What `outbox status` shows of this relay from another process."""
-    return {"transport": flow.transport.name, "circuits": flow.circuits.state(), "sent": flow.counts.sent}
+    return {"transport": flow.routes.name, "circuits": flow.routes.troubles(), "sent": flow.counts.sent}
 
 
 def _log_death(task: asyncio.Task[None]) -> None:

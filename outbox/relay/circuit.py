@@ -24,6 +24,8 @@ class _Open:
 class Circuits:
     """Open circuits: of the whole transport (`EVERYTHING`), or of single topics."""
 
+    name: str = "the broker"
+    """Of the transport, for people."""
     backoff: Backoff = field(default_factory=lambda: Backoff(first=0.2, factor=2.0, most=5.0))
     clock: Callable[[], float] = time.monotonic
     _open: dict[str, _Open] = field(default_factory=dict)
@@ -58,6 +60,10 @@ class Circuits:
     def topics_left_out(self) -> list[str]:
         """The topics that are not to be tried yet."""
         return [scope for scope in self._open if scope != EVERYTHING and self.wait(scope) > 0]
+
+    def what(self, scope: str) -> str:
+        """The scope, for people."""
+        return self.name if scope == EVERYTHING else f"topic {scope!r}"
 
     def state(self) -> dict[str, Any]:
         """For `outbox status`: scope to reason and since when (epoch seconds)."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from outbox._outgoing import Outgoing
 from outbox.relay.circuit import EVERYTHING, Circuits
 from outbox.relay.parking import ParkedKey, key_of
-from outbox.transport import SENT, Outcome, Transport
+from outbox.transport import SENT, Outcome, Publisher
 
 log = logging.getLogger("outbox.relay")
 
@@ -17,7 +17,7 @@ FEW = 16  # rows that are tried one by one, to find the one that a transport stu
 
 
 async def publish(
-    transport: Transport, rows: Sequence[Outgoing], circuits: Circuits, *, parked: bool = False
+    transport: Publisher, rows: Sequence[Outgoing], circuits: Circuits, *, parked: bool = False
 ) -> list[Outcome]:
     """An outcome for each row, in order; ``circuits`` follow them. A transport that raises breaks its contract, and
     holds up no one but the message it raises for."""
@@ -38,18 +38,18 @@ async def publish(
         if outcome.kind == "unavailable":
             scope = EVERYTHING if outcome.scope == "transport" else row.topic
             if circuits.failed(scope, outcome.reason):
-                log.error("%s is unavailable, no attempt is spent: %s", _what(scope), outcome.reason)
+                log.error("%s is unavailable, no attempt is spent: %s", circuits.what(scope), outcome.reason)
     return outcomes
 
 
-async def _call(transport: Transport, rows: Sequence[Outgoing]) -> list[Outcome]:
+async def _call(transport: Publisher, rows: Sequence[Outgoing]) -> list[Outcome]:
     outcomes = await transport.publish(rows)
     if len(outcomes) != len(rows):
         raise RuntimeError(f"{transport.name}: {len(outcomes)} outcomes for {len(rows)} messages")
     return outcomes
 
 
-async def _one_by_one(transport: Transport, rows: Sequence[Outgoing], error: Exception) -> list[Outcome]:
+async def _one_by_one(transport: Publisher, rows: Sequence[Outgoing], error: Exception) -> list[Outcome]:
     """Which of them it was. Where none gets through alone either, it is the broker, and no attempt is spent; so too
     with many: fewer are tried next."""
     down = Outcome.unavailable(_said(error), error)
@@ -73,7 +73,7 @@ async def _one_by_one(transport: Transport, rows: Sequence[Outgoing], error: Exc
     return [down] * len(rows)
 
 
-async def close(transport: Transport, *, abort: bool) -> None:
+async def close(transport: Publisher, *, abort: bool) -> None:
     """Let go of the broker, within some seconds and without raising."""
     try:
         await asyncio.wait_for(transport.close(abort=abort), 5.0)
@@ -88,8 +88,4 @@ def _said(error: Exception) -> str:
 def _works(circuits: Circuits, topics: set[str]) -> None:
     for scope in (EVERYTHING, *topics) if topics else ():
         if circuits.succeeded(scope):
-            log.info("%s is available again", _what(scope))
-
-
-def _what(scope: str) -> str:
-    return "the broker" if scope == EVERYTHING else f"topic {scope!r}"
+            log.info("%s is available again", circuits.what(scope))

@@ -13,12 +13,12 @@ from outbox.dead_letters.exception_text import stack_of
 from outbox.dead_letters.record import Failure
 from outbox.errors import LeaseLost, StoreUnavailable
 from outbox.relay import parking
-from outbox.relay.circuit import EVERYTHING
 from outbox.relay.parking import Due, ParkedKey, key_of
 from outbox.transport import Outcome
 
 if TYPE_CHECKING:
     from outbox.relay.flow import Flow
+    from outbox.relay.routes import Route
 
 log = logging.getLogger("outbox.relay")
 
@@ -97,18 +97,18 @@ class Retrying:
             return False
         return True
 
-    async def hold_back(self, rows: list[Outgoing], generation: int) -> list[Outgoing]:
-        """Of rows just read, park those whose key is parked; returns the others, in order, and between that and their
-        publishing nothing may be awaited."""
+    async def hold_back(self, route: Route, rows: list[Outgoing], generation: int) -> list[Outgoing]:
+        """Of a route's rows just read, park those whose key is parked; returns the others, in order, and between that and
+        their publishing nothing may be awaited."""
         flow = self.flow
-        while flow.current(generation):
+        while flow.current(generation, route):
             if self._failing and any(self._fails(row) for row in rows):
-                await flow.wait_for_progress()
-                continue
+                route.quiet = True  # they are read again when the calls under way are dealt with
+                break
             if not self.keys or not any(key_of(row) in self.keys for row in rows):
                 break
             async with self._lock:
-                if not flow.current(generation):
+                if not flow.current(generation, route):
                     break  # with all the rows: the flow drops them, to be read again
                 behind = [row for row in rows if key_of(row) in self.keys]
                 if behind:
@@ -179,18 +179,21 @@ class Retrying:
         flow = self.flow
         self._tried.clear()
         room = HEADS_AT_ONCE - len(self._tries)
-        if not flow.ready or room <= 0:
+        reachable = [route for route in flow.routes if route.reachable]
+        if not flow.ready or not reachable or room <= 0:
             return [], [], 0
-        if EVERYTHING in flow.circuits:
+        if flow.routes.all_down:
             room = 1  # a probe: where all that is left is parked, no one else tries whether the broker is back
-        return flow.owned(), flow.circuits.topics_left_out(), room + len(self._tries)
+        return flow.owned(), flow.routes.without(reachable), room + len(self._tries)
 
     def try_due(self, heads: Sequence[Due]) -> None:
         """Begin to try each of these. Not those that are being tried, or were since they were looked for."""
         owned = self.flow.owned() if heads else []
         for head in heads:
             name = _name(head.row)
-            if head.row.bucket not in owned or self._fails(head.row):
+            if head.row.bucket not in owned or not self.flow.routes.of(head.row.topic).reachable:
+                continue
+            if self._fails(head.row):
                 continue  # a call that may hold its successors is under way: what it would tell is about them, too
             if name not in self._tries and name not in self._tried and len(self._tries) < HEADS_AT_ONCE:
                 self._trying[head.row.bucket] += 1
@@ -232,9 +235,10 @@ class Retrying:
     async def _try_key(self, head: Due) -> None:
         """The head, and where it succeeds what waits behind it, as long as that succeeds too."""
         rows, attempts = [head.row], head.attempts
+        route = self.flow.routes.of(head.row.topic)
         while rows:
             generation = self.flow.generation
-            outcomes = await self.flow.publish(rows, parked=True)
+            outcomes = await self.flow.publish(route, rows, parked=True)
             good, parked, stopped = [], True, False
             for row, outcome in zip(rows, outcomes, strict=True):
                 if outcome.kind == "sent":
@@ -250,16 +254,16 @@ class Retrying:
                 parked = await self._release(good)
             if stopped or not parked or head.row.key is None or generation != self.flow.generation:
                 return
-            rows = await self._following(head.row)
+            rows = await self._following(route, head.row)
 
-    async def _following(self, row: Outgoing) -> list[Outgoing]:
+    async def _following(self, route: Route, row: Outgoing) -> list[Outgoing]:
         """The next messages of a key whose former head is gone: the new head and what may be sent in one go with it."""
         flow = self.flow
         key = key_of(row)
-        if key is None or not flow.ready or row.bucket not in flow.owned():
+        if key is None or not flow.ready or not route.reachable or row.bucket not in flow.owned():
             return []
         tables = flow.store.tables
-        at_once = BEHIND_AT_ONCE if flow.transport.capabilities.ordered_pipeline else 1
+        at_once = BEHIND_AT_ONCE if route.transport.capabilities.ordered_pipeline else 1
         return await flow.store.run(lambda c: parking.next_of_key(c, tables, key, at_once))
 
     async def _release(self, rows: Sequence[Outgoing]) -> bool:

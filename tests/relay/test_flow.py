@@ -10,6 +10,7 @@ import pytest
 from outbox.errors import StoreUnavailable
 from outbox.relay import Limits, Relay
 from outbox.relay.flow import Flow
+from outbox.relay.routes import Route
 from tests.relay.database import Database
 from tests.relay.faulty import faulty_stores, gone
 from tests.relay.running import QUICK, eventually, relay, running
@@ -23,9 +24,13 @@ def flow_of(found: Relay) -> Flow:
     return found._flow
 
 
+def _is_empty(route: Route) -> bool:
+    return not route.publishing and not route.lanes and not route._rows and not route._bytes
+
+
 def is_empty(found: Relay) -> bool:
     flow = flow_of(found)
-    return not flow._in_flight and not flow._bytes and not flow._publishing and not flow._lanes and not flow._acked
+    return not flow._in_flight and not flow._acked and all(_is_empty(route) for route in flow.routes)
 
 
 @PIPELINES
