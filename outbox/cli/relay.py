@@ -16,6 +16,7 @@ from outbox.cli._common import (
 )
 from outbox.errors import ConfigurationError
 from outbox.relay import Limits, Relay
+from outbox.relay.routes import ALL, parse_routes
 from outbox.stores.engine import from_environment, require_file
 
 
@@ -23,6 +24,13 @@ def register(commands: Any) -> None:
     parser = commands.add_parser("relay", help="send what is committed to the broker; SIGTERM drains")
     outbox_options(parser)
     parser.add_argument("--transport", metavar="URL", help="default: $OUTBOX_TRANSPORT")
+    parser.add_argument(
+        "--route",
+        action="append",
+        default=[],
+        metavar="PATTERN=URL",
+        help="another transport for topics such as 'audit.*'; may be repeated, default: $OUTBOX_ROUTES",
+    )
     parser.add_argument("--lease", type=positive, default=10.0, metavar="SECONDS", help="lease time (default: 10)")
     parser.add_argument(
         "--poll", type=positive, default=0.1, metavar="SECONDS", help="longest pause on an empty table (0.1)"
@@ -43,8 +51,9 @@ def do(options: argparse.Namespace) -> int:
     log_to_stderr(options.verbose)
     outbox = outbox_of(options)
     require_file(options.database)
-    transport = options.transport or from_environment("OUTBOX_TRANSPORT")
-    if transport is not None and transport.lower().startswith("memory:"):
+    routes = parse_routes(options.route or (from_environment("OUTBOX_ROUTES") or "").split())
+    transport = options.transport or (None if ALL in routes else from_environment("OUTBOX_TRANSPORT"))
+    if any(url.lower().startswith("memory:") for url in (transport or "", *routes.values())):
         raise ConfigurationError(
             "memory: is this process's own memory: what is sent there ends with it, and is gone from the outbox. "
             "Use local:broker.db, which other processes on this machine can read"
@@ -53,6 +62,7 @@ def do(options: argparse.Namespace) -> int:
         outbox,
         database=options.database,
         transport=transport,
+        routes=routes,
         lease=options.lease,
         drain_timeout=options.drain_timeout,
         retention=Retention.forever() if options.no_cleanup else None,

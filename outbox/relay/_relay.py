@@ -21,7 +21,7 @@ from outbox.relay.cleaning import Cleaning
 from outbox.relay.flow import Counts, Flow, Limits
 from outbox.relay.leases import Leases, holders
 from outbox.relay.parking import Due, due
-from outbox.relay.routes import ALL, Routes
+from outbox.relay.routes import ALL, Routes, parse_routes
 from outbox.relay.schedule import move_due
 from outbox.store import Store
 from outbox.stores import open_store
@@ -54,12 +54,15 @@ class Relay:
 
     ``database``: URL, `sqlalchemy.URL`, `Engine` or `AsyncEngine`; None takes it from ``OUTBOX_DATABASE``.
     ``transport``: URL or `Transport` (which is the relay's from then on: it closes it); None takes it from
-    ``OUTBOX_TRANSPORT``. ``routes``: several of them, by pattern of topics: ``{"audit.*": "sqs://…", "*": "kafka://…"}``. A
-    topic goes by its own name, else by the first pattern that fits, where ``*`` is the last; ``transport`` is another way to
-    say ``"*"``. An outage of one does not hold up the others. ``lease``: seconds after which a dead relay's share is taken over. ``drain_timeout``: seconds
-    that a stop may take before what is in flight is left to be sent again. Other limits: `Limits`. ``retention``: how long
-    inbox rows and other things that are over are kept (`outbox.cleanup.Retention`); one of the relays removes what is older
-    in the background. None takes it from ``OUTBOX_RETENTION_…``; `Retention.forever` removes nothing.
+    ``OUTBOX_TRANSPORT``. ``routes``: several of them, by pattern of topics: ``{"audit.*": "sqs://…", "*": "kafka://…"}``.
+    A topic goes by its own name, else by the first pattern that fits (``*``, ``?``, ``[…]``), where ``"*"`` is the last;
+    ``transport`` says the same as ``"*"``; None takes them from ``OUTBOX_ROUTES``, ``pattern=URL`` each, between them white
+    space. An outage of one broker does not hold up the others.
+
+    ``lease``: seconds after which a dead relay's share is taken over. ``drain_timeout``: seconds that a stop may take before
+    what is in flight is left to be sent again. Other limits: `Limits`. ``retention``: how long inbox rows and other things
+    that are over are kept (`outbox.cleanup.Retention`); one of the relays removes what is older in the background. None takes
+    it from ``OUTBOX_RETENTION_…``; `Retention.forever` removes nothing.
 
     Several relays on one outbox share the buckets evenly. A message is removed only after the broker's acknowledgement:
     a crash in between sends it again under the same id. While the broker is away nothing is lost and no attempt is spent.
@@ -214,7 +217,7 @@ class Relay:
             raise
 
     def _open_routes(self) -> Routes:
-        given = dict(self._routes)
+        given = {**self._routes} or parse_routes((from_environment("OUTBOX_ROUTES") or "").split())
         transport = self._transport
         if transport is None and ALL not in given:
             transport = from_environment("OUTBOX_TRANSPORT")
@@ -222,6 +225,9 @@ class Relay:
             if ALL in given:
                 raise ConfigurationError("transport=… and routes={'*': …} are both given: leave one of them out")
             given[ALL] = transport
+        for pattern in given:
+            if not isinstance(pattern, str) or not pattern:
+                raise ConfigurationError(f"routes: a pattern of topics is a text such as 'audit.*', not {pattern!r}")
         if not given:
             raise ConfigurationError(
                 "no transport given: pass transport=… (a URL or a Transport) or --transport, or set OUTBOX_TRANSPORT "

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any
 
 from outbox._outgoing import Outgoing
 from outbox.backoff import Backoff

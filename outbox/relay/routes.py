@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
@@ -254,3 +254,16 @@ class Routes:
             reason = "; ".join(f"{route.name}: {found[route.name]['reason']}" for route in self.brokers)
             return {EVERYTHING: {"reason": reason, "since": min(state["since"] for state in states)}}
         return found
+
+
+def parse_routes(texts: Iterable[str]) -> dict[str, str]:
+    """Pattern to URL, of texts ``pattern=URL``. Raises `ConfigurationError`, without the URL, which may hold a password."""
+    found: dict[str, str] = {}
+    for text in texts:
+        pattern, _, url = text.partition("=")
+        if not pattern or not url or ":" in pattern:
+            raise ConfigurationError("a route is PATTERN=URL, for example 'audit.*=sqs://eu-central-1'")
+        if pattern in found:
+            raise ConfigurationError(f"the route {pattern!r} is given twice")
+        found[pattern] = url
+    return found

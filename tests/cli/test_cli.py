@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -169,9 +171,42 @@ def test_a_server_that_cannot_be_reached_is_named(verb: str, query: str) -> None
     refused(done, 3, address, "Connection refused")
 
 
-def test_the_relay_does_not_empty_an_outbox_into_its_own_memory(sqlite: Shop) -> None:
-    done = outbox("relay", "--drain", "--transport", "memory://x", "--database", sqlite.url)
-    refused(done, 2, "memory:", "local:broker.db")
+@pytest.mark.parametrize("way", [["--transport", "memory://x"], ["--route", "*=memory://x"]])
+def test_the_relay_does_not_empty_an_outbox_into_its_own_memory(sqlite: Shop, way: list[str]) -> None:
+    refused(outbox("relay", "--drain", *way, "--database", sqlite.url), 2, "memory:", "local:broker.db")
+
+
+@pytest.mark.parametrize(
+    ("routes", "said"),
+    [
+        (["kafka://user:hunter2-and-more@broker"], "a route is PATTERN=URL, for example"),
+        (["audit.*="], "a route is PATTERN=URL"),
+        (["a=local:hunter2-and-more.db", "a=local:b.db"], "the route 'a' is given twice"),
+        (["a=local:a.db", "*=carrier:hunter2-and-more"], "carrier: there is no such transport"),
+    ],
+)
+def test_wrong_routes_are_told_without_their_secrets(sqlite: Shop, routes: list[str], said: str) -> None:
+    options = [option for route in routes for option in ("--route", route)]
+    refused(outbox("relay", "--drain", *options, "--database", sqlite.url), 2, said)
+
+
+@pytest.mark.parametrize("by_environment", [True, False])
+def test_routes_send_each_topic_to_its_own_log(sqlite: Shop, tmp_path: Path, by_environment: bool) -> None:
+    for topic in ("audit.login", "orders", "audit.logout"):
+        with sqlite.engine.begin() as connection:
+            sqlite.outbox.add(connection, topic, {"n": 1}, key="1")
+    logs, rest = tmp_path / "audit.db", tmp_path / "rest.db"
+    routes = [f"audit.*=local:{logs}", f"*=local:{rest}"]
+    environment = {"OUTBOX_ROUTES": "\n".join(routes)} if by_environment else {}
+    options = [] if by_environment else [option for route in routes for option in ("--route", route)]
+    done = outbox("relay", "--drain", *options, "--database", sqlite.url, **environment)
+    assert done.json() == {"sent": 3, "parked": 0, "dead": 0}
+    assert [topics_of(log) for log in (logs, rest)] == [["audit.login", "audit.logout"], ["orders"]]
+
+
+def topics_of(log: Path) -> list[str]:
+    with closing(sqlite3.connect(log)) as connection:
+        return sorted(topic for (topic,) in connection.execute("select name from topic"))
 
 
 def test_the_relay_waits_for_a_database_that_is_away_and_says_so_until_it_is_told_to_stop() -> None:

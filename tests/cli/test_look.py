@@ -91,9 +91,17 @@ def test_a_broker_that_is_away_is_the_reason_and_nothing_is_lost(shop: Shop) -> 
 def test_a_topic_that_is_away_is_the_reason_for_its_messages_only(shop: Shop) -> None:
     add(shop)
     relay(shop, state='{"circuits": {"orders": {"since": 1795370472.0, "reason": "not authorised"}}}')
+    assert verdict(shop) == ("Messages for orders wait, since it is unavailable (not authorised); others are sent.")
+
+
+def test_one_of_several_brokers_that_is_away_is_the_reason_for_its_messages_only(shop: Shop) -> None:
+    add(shop)
+    away = '{"since": 1795370472.0, "reason": "no answer"}'
+    relay(shop, state=f'{{"circuits": {{"kafka (*)": {away}, "mail": {away}}}}}')
     assert verdict(shop) == (
-        "Messages for orders wait, since that topic is unavailable (not authorised); others are sent."
+        "Messages for kafka (*), mail wait, since they are unavailable (no answer); others are sent."
     )
+    assert "kafka (*): no answer; mail: no answer" in status(shop).out
 
 
 def test_buckets_that_nobody_owns_are_the_reason(shop: Shop) -> None:

@@ -36,6 +36,7 @@ KEYS = 10
 WRITERS = 4
 BACKLOG = 1000  # rows at which the writers pause: a key of which every fifth message fails is slow
 TOPICS = ("orders", "invoices")
+BROKERS = ("this one", "that one")
 
 
 @dataclass
@@ -95,9 +96,9 @@ class World:
 
     # -------------------------------------------------------- brokers
 
-    def broker(self, rng: random.Random) -> Scripted:
+    def broker(self, rng: random.Random, name: str) -> Scripted:
         def script(row: Outgoing, tries: int) -> Outcome | None:
-            if "*" in self.away:
+            if name in self.away:
                 return Outcome.unavailable("away")
             if row.topic in self.away:
                 return Outcome.unavailable("away", scope="topic")
@@ -156,8 +157,11 @@ async def run_relays(world: World, rng: random.Random, stores: list[Faulty], ove
     while not over.is_set():
         before = len(stores)
         limits = LIMITS if rng.random() < 0.7 else Limits(batch=3, window=9, poll=0.01, backoff=LIMITS.backoff)
+        routes = {"*": world.broker(rng, BROKERS[0])}
+        if rng.random() < 0.5:
+            routes["inv*"] = world.broker(rng, BROKERS[1])
         found = relay(
-            world.database, world.broker(rng), lease=LEASE, limits=limits, drain_timeout=rng.choice([0.0, 3.0])
+            world.database, None, routes=routes, lease=LEASE, limits=limits, drain_timeout=rng.choice([0.0, 3.0])
         )
         async with running(found):
             for store in stores[before:]:
@@ -170,7 +174,7 @@ async def run_relays(world: World, rng: random.Random, stores: list[Faulty], ove
 async def break_brokers(world: World, rng: random.Random) -> None:
     while True:
         await asyncio.sleep(rng.random() * 0.8)
-        scope = rng.choice(["*", *TOPICS])
+        scope = rng.choice([*BROKERS, *TOPICS])
         world.away.add(scope)
         await asyncio.sleep(rng.random() * 0.3)
         world.away.discard(scope)
