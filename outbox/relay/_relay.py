@@ -217,7 +217,9 @@ class Relay:
             raise
 
     def _open_routes(self) -> Routes:
-        given = {**self._routes} or parse_routes((from_environment("OUTBOX_ROUTES") or "").split())
+        given: dict[str, str | Transport] = {**self._routes}
+        if not given:
+            given |= parse_routes((from_environment("OUTBOX_ROUTES") or "").split())
         transport = self._transport
         if transport is None and ALL not in given:
             transport = from_environment("OUTBOX_TRANSPORT")
