@@ -103,7 +103,8 @@ def _pending(s: Status, alive: list[RelayStatus]) -> str:
     topics = sorted({topic for relay in alive for topic in relay.circuits})
     if topics:
         reason = next(relay.circuits[topics[0]]["reason"] for relay in alive if topics[0] in relay.circuits)
-        return f"Messages for {', '.join(topics)} wait, since {word(len(topics), 'it is', 'they are')} unavailable ({reason}); others are sent"
+        are = word(len(topics), "it is", "they are")
+        return f"Messages for {', '.join(topics)} wait, since {are} unavailable ({reason}); others are sent"
     if s.free_buckets:
         return f"{s.free_buckets} of {BUCKETS} buckets have no relay at the moment; they are taken within a lease time"
     wait = f"{s.pending:,} {word(s.pending, 'waits', 'wait')}"
