@@ -16,7 +16,7 @@ from outbox._building import Builder
 from outbox._message import ABSENT, Key, Message, _Absent
 from outbox._where import AsyncWhere, SyncWhere, Where, awork, put, resolve, resolve_async, run, session_of
 from outbox.errors import ConfigurationError
-from outbox.tables import Tables, tables_for
+from outbox.tables import PREFIX, Tables, tables_for
 
 
 class Outbox:
@@ -34,7 +34,7 @@ class Outbox:
         metadata: sa.MetaData | None = None,
         *,
         schema: str | None = None,
-        prefix: str = "outbox_",
+        prefix: str = PREFIX,
         codec: encoding.Codec | None = None,
     ) -> None:
         given: object = metadata

@@ -20,6 +20,7 @@ from outbox.errors import ConfigurationError
 from outbox.storage import STORAGE, listed
 
 SCHEMA_VERSION: Final = 2
+PREFIX: Final = "outbox_"  # of the tables, where no other one is given
 CONSUMER_LENGTH: Final = 128
 
 

@@ -3,6 +3,7 @@ background, in its own event loop (`outbox.relay.cleaning`)."""
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import math
 import time
@@ -53,6 +54,8 @@ class Cleaned:
     kept: list[Kept] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What could not be done with an inbox in partitions, and what helps."""
+    made: list[dt.date] = field(default_factory=list)
+    """The days of which partitions of the inbox were made."""
 
 
 class Cleanup:
@@ -93,7 +96,7 @@ class Cleanup:
                 with Archive(archive) as file:
                     sweep = self._sweep(database, file, progress)
             kept = database.run(lambda connection: kept_in(connection, tables, self.retention))
-            return Cleaned(sweep.removed, kept, sweep.notes)
+            return Cleaned(sweep.removed, kept, sweep.notes, sorted(sweep.made))
 
     def plan(self) -> Cleaned:
         """What `run` would do. Changes nothing, and counts what is old: with millions of such rows it takes seconds. Of an

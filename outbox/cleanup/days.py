@@ -66,6 +66,7 @@ class Days:
         self._free: set[str] = set()
         self._slow = False
         self.notes: list[str] = []
+        self.made: set[dt.date] = set()
 
     def chores(self, connection: sa.Connection) -> Iterator[Chore]:
         yield from (partial(self._drop, name) for name in self._detached(connection))
@@ -118,6 +119,7 @@ class Days:
         def make() -> int:
             for statement in statements:
                 connection.exec_driver_sql(statement)
+            self.made.add(day)
             return 0
 
         return self._giving_way(connection, f"making the inbox's partition of {day}", make)

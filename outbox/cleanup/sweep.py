@@ -70,6 +70,8 @@ class Sweep:
         self.removed: dict[str, int] = {}
         self.notes: list[str] = []
         """What could not be done with an inbox in partitions, and what helps."""
+        self.made: set[dt.date] = set()
+        """The days of which it made partitions."""
         self._archive = archive
         self._rules: list[tuple[Rule, Any]] = []
         self._chores: list[Chore] = []
@@ -113,7 +115,7 @@ class Sweep:
             ]
             return None
         days = Days(self.tables, partitions, now, rule.seconds, sparing=sparing, archive=self._archive)
-        self.notes = days.notes
+        self.notes, self.made = days.notes, days.made
         return days
 
     def batch(self, connection: sa.Connection) -> Batch:

@@ -25,7 +25,7 @@ from outbox.errors import ConfigurationError, OutboxError
 from outbox.observe.schema import check_schema
 from outbox.stores._run import unavailable
 from outbox.stores.engine import is_engine, require_file, sync_engine_for
-from outbox.tables import Tables
+from outbox.tables import PREFIX, Tables
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ def outbox_of(options: argparse.Namespace) -> Outbox:
     if given is not None:
         return given.outbox
     if options.app is None:
-        return Outbox(schema=options.schema, prefix="outbox_" if options.prefix is None else options.prefix)
+        return Outbox(schema=options.schema, prefix=PREFIX if options.prefix is None else options.prefix)
     if options.schema or options.prefix:
         raise ConfigurationError("--schema and --prefix say nothing beside --app: the Outbox object has its own")
     found = load(options.app)

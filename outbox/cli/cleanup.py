@@ -54,7 +54,14 @@ def do(options: argparse.Namespace) -> int:
         finite = {name: value for name, value in retention.as_dict().items() if math.isfinite(value)}
         which = "would_remove" if options.dry_run else "removed"
         print_json(
-            {which: done.removed, "kept": kept, "notes": done.notes, "retention": finite, "archive": options.archive}
+            {
+                which: done.removed,
+                "kept": kept,
+                "made": [day.isoformat() for day in done.made],
+                "notes": done.notes,
+                "retention": finite,
+                "archive": options.archive,
+            }
         )
     else:
         _show(done, retention, outbox.tables.prefix, "would remove" if options.dry_run else "removed")
@@ -74,6 +81,9 @@ def _show(done: Cleaned, retention: Retention, prefix: str, verb: str) -> None:
         print(f"{verb:<13} {rows:>12,}  {prefix}{table}{old}")
     if not done.removed:
         print(f"{verb:<13} {'nothing':>12}")
+    if done.made:
+        days = some(len(done.made), "day")
+        print(f"{'made':<13} {days:>12}  partitions of {prefix}inbox, up to {done.made[-1]}")
     for kept in done.kept:
         print(f"{'kept':<13} {kept.count:>12,}  {prefix}{kept.table}  {kept.why}")
     for note in done.notes:

@@ -10,7 +10,7 @@ from outbox._message import BUCKETS
 from outbox.dialects import insert_if_absent
 from outbox.errors import SchemaMismatch
 from outbox.observe.shape import differences
-from outbox.tables import SCHEMA_VERSION, Tables
+from outbox.tables import PREFIX, SCHEMA_VERSION, Tables
 
 # Schemas in which nobody keeps an outbox; asking them costs time and finds nothing.
 _SYSTEM: Final = ("information_schema", "mysql", "performance_schema", "sys")
@@ -108,8 +108,9 @@ def _not_here(inspector: sa.Inspector, tables: Tables, here: set[str]) -> str:
     if not others:
         return f"no outbox tables here (looked for {looked}). {_mend(SCHEMA_VERSION)}"
     schema, prefix = others[0]
-    flags = ([f"--schema {schema}"] if schema is not None else []) + [f"--prefix {prefix}"]
-    code = ([f"schema={schema!r}"] if schema is not None else []) + [f"prefix={prefix!r}"]
+    theirs = [("schema", schema)] * (schema is not None) + [("prefix", prefix)] * (prefix != PREFIX)
+    flags = [f"--{name} {value}" for name, value in theirs] or ["neither --schema nor --prefix"]
+    code = [f"{name}={value!r}" for name, value in theirs]
     found = ", ".join(f"{schema + '.' if schema else ''}{prefix}message" for schema, prefix in others)
     return (
         f"no outbox tables here (looked for {looked}); found {found}: pass {' '.join(flags)}, "

@@ -25,6 +25,7 @@ READ_ONLY: Final = (
     "this server takes no writes: it is a replica, or was the primary before a fail-over. Give the address of the primary "
     "(PostgreSQL: several hosts and target_session_attrs=read-write find it)"
 )
+GRANTS: Final = "`outbox migrate --grants` prints what each use of the tables needs"
 TRIES: Final = 5
 GRACE: Final = 1.0  # seconds that a cancelled call waits for its thread
 
@@ -238,6 +239,8 @@ _ADVICE: Final = {
     "during recovery": READ_ONLY,
     "--read-only": READ_ONLY,
     "prepared statement ": pooler.ADVICE,
+    "permission denied for": GRANTS,
+    "command denied to user": GRANTS,
 }
 
 

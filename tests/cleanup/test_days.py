@@ -78,10 +78,10 @@ def database(on_postgresql: Database) -> Database:
 
 def test_the_days_to_come_are_made_and_rows_go_where_they_belong(database: Database) -> None:
     assert set(parts(database)) == {"outbox_inbox_default"}
-    cleanup(database).run()
     ahead = [TODAY + dt.timedelta(days=n) for n in range(1, days.AHEAD + 1)]
+    assert cleanup(database).run().made == ahead
     assert set(parts(database)) == {"outbox_inbox_default", *map(name_of, ahead)}
-    cleanup(database).run()
+    assert cleanup(database).run().made == []
     assert len(parts(database)) == days.AHEAD + 1
 
     tomorrow, foreign = id_of(-1), uuid.uuid4()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from pathlib import Path
 
 import sqlalchemy as sa
 
+from outbox.cleanup.days import AHEAD
 from outbox.dialects import clock
 from tests.cli.command import quick, refused
 from tests.cli.conftest import Shop
@@ -40,6 +42,14 @@ def test_it_says_what_it_removed_and_what_it_kept_and_why(shop: Shop, tmp_path: 
     assert "kept                     1  outbox_dead_letter  open: replay or discard them" in done.out
     assert len((tmp_path / "gone.jsonl").read_text().splitlines()) == 3
     assert "and removed 3 rows; the inbox goes back 40 d" in quick("status", "--database", shop.url).out
+
+
+def test_it_says_which_days_of_a_partitioned_inbox_it_made(postgres: Shop) -> None:
+    assert quick("migrate", "--partition-inbox", "--database", postgres.url).status == 0
+    last = dt.datetime.now(dt.UTC).date() + dt.timedelta(days=AHEAD)
+    done = quick("cleanup", "--database", postgres.url)
+    assert f"made                7 days  partitions of outbox_inbox, up to {last}" in done.out
+    assert quick("cleanup", "--database", postgres.url, "--json").json()["made"] == []
 
 
 def test_json(shop: Shop) -> None:

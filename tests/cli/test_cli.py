@@ -300,7 +300,11 @@ def test_a_role_that_may_not_read_is_named(postgres: Shop) -> None:
     try:
         url = sa.make_url(postgres.url).set(username=role).render_as_string()
         for verb in ("status", "trace", "dlq", "relay"):
-            refused(run(verb, "--database", url), 3, "permission denied for table outbox_checkpoint")
+            refused(
+                run(verb, "--database", url),
+                3,
+                "permission denied for table outbox_checkpoint; `outbox migrate --grants`",
+            )
         refused(run("migrate", "--prefix", "new_", "--database", url), 3, "permission denied for schema public")
     finally:
         postgres.execute(f"drop role {role}")
@@ -315,7 +319,7 @@ def test_without_tables_the_command_that_makes_them_is_named(verb: str, shop: Sh
         run(verb, "--prefix", "other_", "--database", shop.url),
         2,
         "no outbox tables here (looked for other_message)",
-        "found outbox_message: pass --prefix outbox_",
+        "found outbox_message: pass neither --schema nor --prefix, or Outbox()",
     )
     shop.execute("drop table outbox_message")
     shop.execute("drop table outbox_inbox")

@@ -68,6 +68,14 @@ def test_tables_of_another_prefix_are_named(engine: sa.Engine) -> None:
         check(engine, Outbox())
 
 
+def test_tables_in_the_default_place_are_named(postgresql_engine: sa.Engine) -> None:
+    Outbox().metadata.create_all(postgresql_engine)
+    with pytest.raises(
+        SchemaMismatch, match=r"found outbox_message: pass neither --schema nor --prefix, or Outbox\(\)"
+    ):
+        check(postgresql_engine, Outbox(schema="app"))
+
+
 def test_tables_of_another_schema_are_named(postgresql_engine: sa.Engine) -> None:
     with postgresql_engine.begin() as connection:
         connection.execute(sa.text("create schema app"))
