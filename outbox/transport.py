@@ -21,6 +21,8 @@ class Capabilities:
     ordered_pipeline: bool
     """Several ``publish`` calls may be under way; messages of one key are stored in the order of the calls, and once one
     is not sent, none of that key handed over after it is stored in that pipeline (a `reject` excepted)."""
+    keeps_order: bool = True
+    """Messages of one key, each sent after the one before was `sent`, are delivered in this order."""
     partitions: bool = False
     """Deliveries carry a partition and an offset; acknowledgement is a position, committed contiguously."""
     delayed: bool = False

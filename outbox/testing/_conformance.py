@@ -72,7 +72,9 @@ class Conformance:
     shares: bool = True
     """Two members of a group have a part of the messages each. False where one has all of them and the others stand by."""
     missing_topics: bool = True
-    """A topic that nobody declared is `unavailable`. False where it comes into being when it is written to."""
+    """A topic that nobody declared is `unavailable`. False where it comes into being when it is written to, or read."""
+    holds_keys: bool = False
+    """Of a key the next message comes when the one before it is acknowledged."""
 
     def open_one(self, url: str) -> Transport:
         return open_transport(url)
@@ -132,8 +134,14 @@ class Conformance:
                 await subscription.ack(batch)
         return found
 
-    async def read_until_quiet(self, subscription: Subscription, limit: int = 1000) -> list[Delivery]:
-        """Fetch, and acknowledge nothing, until none has come for `quiet` seconds."""
+    def unrelated(self, topic: str, count: int) -> list[Outgoing]:
+        """Messages that all come without an acknowledgement."""
+        return numbered(topic, count, keys=count if self.holds_keys else 10)
+
+    async def read_until_quiet(
+        self, subscription: Subscription, limit: int = 1000, *, ack: bool = False
+    ) -> list[Delivery]:
+        """Fetch until none has come for `quiet` seconds."""
         found: list[Delivery] = []
         last = time.monotonic()
         while time.monotonic() - last < self.quiet:
@@ -141,6 +149,8 @@ class Conformance:
             if batch:
                 found += batch
                 last = time.monotonic()
+                if ack:
+                    await subscription.ack(batch)
         return found
 
     async def until(self, condition: Callable[[], bool | Awaitable[bool]], within: float | None = None) -> None:

@@ -73,7 +73,7 @@ class Groups(Conformance):
     async def test_what_a_dead_member_had_not_acknowledged_is_delivered_again(
         self, opened: Open, transport: Transport, topic: str, group: str
     ) -> None:
-        sent = numbered(topic, 60)
+        sent = self.unrelated(topic, 60)
         await self.send(transport, sent)
         doomed = opened()
         subscription = await doomed.subscribe([topic], group, window=100)
@@ -89,7 +89,7 @@ class Groups(Conformance):
     async def test_an_unacknowledged_message_comes_again_though_later_ones_were_acknowledged(
         self, opened: Open, transport: Transport, topic: str, group: str
     ) -> None:
-        await self.send(transport, numbered(topic, 80))
+        await self.send(transport, self.unrelated(topic, 80))
         doomed = opened()
         subscription = await doomed.subscribe([topic], group, window=100, member="one")
         found = await self.read(subscription, 80, ack=False)
@@ -137,7 +137,7 @@ class Groups(Conformance):
     async def test_a_static_member_has_its_share_back_at_once(
         self, opened: Open, transport: Transport, topic: str, group: str
     ) -> None:
-        await self.send(transport, numbered(topic, 40))
+        await self.send(transport, self.unrelated(topic, 40))
         doomed = opened()
         await self.read(await doomed.subscribe([topic], group, window=100, member="one"), 40, ack=False)
         await self.kill(doomed)

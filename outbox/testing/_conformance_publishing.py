@@ -139,7 +139,7 @@ class Publishing(Conformance):
         outcomes = await transport.publish([*numbered(topic, 3), large, *numbered(topic, 3, first=3)])
         assert [outcome.kind for outcome in outcomes] == ["sent"] * 3 + ["reject"] + ["sent"] * 3
         subscription = await transport.subscribe([topic], group, window=100)
-        sizes = [len(d.payload or b"") for d in await self.read_until_quiet(subscription)]
+        sizes = [len(d.payload or b"") for d in await self.read_until_quiet(subscription, ack=True)]
         assert max(sizes) == taken
 
     async def test_a_topic_that_does_not_exist_is_unavailable_and_stops_no_other(
@@ -204,4 +204,4 @@ class Publishing(Conformance):
         await transport.close()
         sent = sum(outcome.kind == "sent" for result in await asyncio.gather(*publishing) for outcome in result)
         subscription = await opened().subscribe([topic], group, window=2000)
-        assert len(await self.read_until_quiet(subscription)) == 10 + sent
+        assert len(await self.read_until_quiet(subscription, ack=True)) == 10 + sent

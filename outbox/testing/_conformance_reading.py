@@ -16,7 +16,7 @@ from outbox.transport import Transport
 
 class Reading(Conformance):
     async def test_no_more_than_a_window_is_out(self, transport: Transport, topic: str, group: str) -> None:
-        await self.send(transport, numbered(topic, 500))
+        await self.send(transport, self.unrelated(topic, 500))
         subscription = await transport.subscribe([topic], group, window=30)
         out = await self.read_until_quiet(subscription)
         assert len(out) == 30

@@ -14,15 +14,14 @@ from outbox.transports._url import parse, redacted
 __all__ = ["open_transport", "redacted"]
 
 ENTRY_POINTS: Final = "outbox.transports"
-_PLANNED: Final = {"sqs": "Amazon SQS"}
 
 
 def open_transport(url: str | Transport) -> Transport:
     """The transport of a URL; a `Transport` comes back as it is. Nothing is connected yet.
 
-    ``kafka://host:9092,host:9092?…``, ``amqp://user:password@host/vhost?…``, ``local:///path/to/file.db``,
-    ``local:file.db``, ``memory://name``, and whatever
-    installed packages offer. Raises `ConfigurationError` for an unknown scheme or parameter, listing the known ones, and
+    ``kafka://host:9092,host:9092?…``, ``amqp://user:password@host/vhost?…``, ``sqs://region/?…``,
+    ``local:///path/to/file.db``, ``local:file.db``, ``memory://name``, and whatever installed packages offer. Raises
+    `ConfigurationError` for an unknown scheme or parameter, listing the known ones, and
     `MissingExtra` where the driver is not installed. No error holds a password.
     """
     if not isinstance(url, str):
@@ -58,6 +57,16 @@ def _rabbitmq(url: str) -> Transport:
     return from_url(parse(url))
 
 
+def _sqs(url: str) -> Transport:
+    try:
+        from outbox.transports.sqs import from_url
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("aiobotocore", "botocore"):
+            raise
+        raise MissingExtra("sqs:// needs aiobotocore, which is not installed: pip install 'pyoutbox[sqs]'") from error
+    return from_url(parse(url))
+
+
 def _local(url: str) -> Transport:
     from outbox.transports.local import from_url
 
@@ -76,6 +85,7 @@ _BUILT_IN: Final[dict[str, Callable[[str], Transport]]] = {
     "kafka": _kafka,
     "local": _local,
     "memory": _memory,
+    "sqs": _sqs,
 }
 
 
@@ -84,11 +94,6 @@ def _from_entry_point(scheme: str, url: str) -> Transport:
     entry = offered.get(scheme)
     if entry is None:
         parse(url)  # what is no URL at all is told so
-        if scheme in _PLANNED:
-            raise ConfigurationError(
-                f"{scheme}: {_PLANNED[scheme]} is not supported by this version of pyoutbox; "
-                f"known are {_known(offered)}"
-            )
         raise ConfigurationError(f"{scheme}: there is no such transport; known are {_known(offered)}")
     try:
         build: Callable[[str], Transport] = entry.load()

@@ -19,12 +19,15 @@ from tests.services.pgbouncer import Pgbouncer, PgbouncerServer
 from tests.services.postgresql import Postgresql, PostgresqlServer
 from tests.services.rabbitmq import Rabbitmq, RabbitmqServer
 from tests.services.service import DatabaseServer, NotOurs, Options, Server, Service, StartFailed, Unavailable
+from tests.services.sqs import Elasticmq, Ministack
 from tests.services.standby import Standby
 
 POSTGRESQL = Postgresql(os.environ.get("OUTBOX_TEST_POSTGRESQL_VERSION"))
 MARIADB = mariadb_or_its_stand_in(os.environ.get("OUTBOX_TEST_MARIADB"))
 KAFKA = Kafka()
 RABBITMQ = Rabbitmq()
+SQS = Ministack()
+ELASTICMQ = Elasticmq()
 
 # By the names of their fixtures, which are the services' own but for MariaDB's stand-in.
 SERVICES: dict[str, Service[Any]] = {
@@ -32,14 +35,18 @@ SERVICES: dict[str, Service[Any]] = {
     "mariadb": MARIADB,
     "kafka": KAFKA,
     "rabbitmq": RABBITMQ,
+    "sqs": SQS,
+    "elasticmq": ELASTICMQ,
 }
 
 __all__ = [
+    "ELASTICMQ",
     "KAFKA",
     "MARIADB",
     "POSTGRESQL",
     "RABBITMQ",
     "SERVICES",
+    "SQS",
     "DatabaseServer",
     "MariadbServer",
     "NotOurs",

@@ -15,11 +15,13 @@ from typing import Any, TypeVar
 import pytest
 
 from tests.services import (
+    ELASTICMQ,
     KAFKA,
     MARIADB,
     POSTGRESQL,
     RABBITMQ,
     SERVICES,
+    SQS,
     DatabaseServer,
     MariadbServer,
     Pgbouncer,
@@ -264,6 +266,24 @@ def killable_rabbitmq(own_servers: OwnServers, rabbitmq: RabbitmqServer) -> Iter
     Not always the server of `rabbitmq_url`: its address is its `url`.
     """
     yield from own_servers.lend(RABBITMQ, rabbitmq)
+
+
+@pytest.fixture(scope="session")
+def sqs(pytestconfig: pytest.Config) -> Iterator[Server]:
+    """A lax SQS, shared by the session."""
+    yield from _session(pytestconfig, SQS)
+
+
+@pytest.fixture(scope="session")
+def elasticmq(pytestconfig: pytest.Config) -> Iterator[Server]:
+    """A strict SQS, shared by the session."""
+    yield from _session(pytestconfig, ELASTICMQ)
+
+
+@pytest.fixture
+def killable_sqs(own_servers: OwnServers, elasticmq: Server) -> Iterator[Server]:
+    """An SQS that the test may stop, kill, pause and restart, which loses what it holds; it answers again after the test."""
+    yield from own_servers.lend(ELASTICMQ, elasticmq)
 
 
 @pytest.fixture

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from outbox.testing.conformance import TransportConformance
+from tests.services import Server
+
+SQS = "refresh_ms=300&visibility_timeout_ms=2000&wait_ms=1000&max_message_bytes=20000"
 
 
 class TestMemory(TransportConformance):
@@ -40,6 +43,42 @@ class TestRabbitmq(TransportConformance):
     @pytest.fixture
     def transport_url(self, rabbitmq_url: str) -> str:
         return f"{rabbitmq_url}?auto_create=no&max_message_bytes=20000"
+
+
+class TestSqs(TransportConformance):
+    """Where what is sent has to be text, on the strict server."""
+
+    missing_topics = False
+
+    @pytest.fixture
+    def transport_url(self, elasticmq: Server) -> str:
+        return f"{elasticmq.url}&{SQS}"
+
+
+class TestSqsFifo(TransportConformance):
+    missing_topics = False
+    holds_keys = True
+
+    @pytest.fixture
+    def transport_url(self, elasticmq: Server) -> str:
+        return f"{elasticmq.url}&{SQS}&fifo=yes"
+
+
+class TestSqsElsewhere(TransportConformance):
+    missing_topics = False
+
+    @pytest.fixture
+    def transport_url(self, sqs: Server) -> str:
+        return f"{sqs.url}&{SQS}"
+
+
+class TestSqsElsewhereFifo(TransportConformance):
+    missing_topics = False
+    holds_keys = True
+
+    @pytest.fixture
+    def transport_url(self, sqs: Server) -> str:
+        return f"{sqs.url}&{SQS}&fifo=yes"
 
 
 class TestRabbitmqInPartitions(TransportConformance):
