@@ -1,8 +1,8 @@
 """A stored message as SQS takes it, and a received one as we hand it out.
 
-A body is text that XML can hold, and not empty; a message has up to ten attributes. So a payload that is such text is the body
-as it is, any other one is in Base64, which the attribute ``outbox-encoding`` says; an empty one, or none, is a body of one dot.
-Headers are attributes, ours first; those beyond the tenth, and those that an attribute cannot hold, are together in
+A body is text that XML can hold, and not empty; a message has up to ten attributes. So a payload that is such text is the
+body as it is, any other one is in Base64, which the attribute ``outbox-encoding`` says; of an empty one, or none, the body is
+a dot. Headers are attributes, ours first; those beyond the tenth, and those that an attribute cannot hold, are together in
 ``outbox-headers``, a JSON object.
 """
 

@@ -1,14 +1,19 @@
-"""Kafka and RabbitMQ transports for the tests of this folder."""
+"""Transports for the tests of this folder."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 
+from outbox.transport import Transport
+from outbox.transports import open_transport
 from outbox.transports.kafka import KafkaTransport
 from outbox.transports.rabbitmq import RabbitmqTransport
+from tests.services import Server
+from tests.transports.sqs_tools import QUICK, with_parameters
 
 Open = Callable[..., KafkaTransport]
 
@@ -21,6 +26,21 @@ async def opened() -> AsyncIterator[Open]:
     def another(url: str, **parameters: object) -> KafkaTransport:
         query = "&".join(f"{name}={value}" for name, value in ({"session_timeout_ms": 6000} | parameters).items())
         transports.append(KafkaTransport(f"{url}?{query}"))
+        return transports[-1]
+
+    yield another
+    for transport in transports:
+        await transport.close(abort=True)
+
+
+@pytest.fixture
+async def queues() -> AsyncIterator[Callable[..., Transport]]:
+    """Opens transports of an SQS server, with parameters; each is cut off after the test, since it may not be there."""
+    transports: list[Transport] = []
+
+    def another(server: Server | str, **parameters: Any) -> Transport:
+        url = server if isinstance(server, str) else server.url
+        transports.append(open_transport(with_parameters(url, **{**QUICK, **parameters})))
         return transports[-1]
 
     yield another
