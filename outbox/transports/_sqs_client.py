@@ -43,6 +43,16 @@ THROTTLED: Final = frozenset(
         "SlowDown",
     }
 )
+NEVER: Final = frozenset(
+    {
+        "InvalidMessageContents",
+        "InvalidParameterValue",
+        "InvalidAttributeValue",
+        "MessageTooLong",
+        "BatchRequestTooLong",
+    }
+)
+"""What is refused for what is in it, and will be again."""
 CONNECT: Final = 5.0
 
 
@@ -106,6 +116,10 @@ def code_of(error: BaseException) -> str:
 
 def is_missing(error: BaseException) -> bool:
     return code_of(error) in MISSING
+
+
+def is_about_content(error: BaseException) -> bool:
+    return code_of(error).rpartition(".")[2] in NEVER
 
 
 def refusal(error: BaseException, what: str) -> OutboxError:

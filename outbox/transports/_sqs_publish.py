@@ -9,15 +9,22 @@ from typing import Any, Final
 from outbox._outgoing import Outgoing
 from outbox.errors import ConfigurationError, EncodingError, MessageTooLarge, OutboxError, Refused, Unavailable
 from outbox.transport import SENT, Outcome
-from outbox.transports._sqs_client import ERRORS, THROTTLED, Client, is_about_all, is_missing, refusal
+from outbox.transports._sqs_client import (
+    ERRORS,
+    NEVER,
+    THROTTLED,
+    Client,
+    is_about_all,
+    is_about_content,
+    is_missing,
+    refusal,
+)
 from outbox.transports._sqs_message import entry_of
 from outbox.transports._sqs_queues import Queue, Queues, batches
 from outbox.transports._sqs_settings import Settings
 
 Entry = tuple[int, dict[str, Any], int]  # number of the message in the call, entry, size in bytes
 
-NEVER: Final = frozenset({"InvalidMessageContents", "InvalidParameterValue", "InvalidAttributeValue", "MessageTooLong"})
-"""Codes of entries that will be refused again."""
 CLOSED: Final = "sqs: this transport is closed"
 
 
@@ -126,6 +133,9 @@ class Publisher:
         except (*ERRORS, OutboxError) as error:
             if is_missing(error):
                 self._queues.forget(topic)
+            if is_about_content(error):
+                await self._send_parts(call, topic, queue, entries, error)
+                return
             outcome = _of_request(refusal(error, f"topic {topic!r}, queue {queue.name!r} cannot be written to"), error)
             for at, _ in entries:
                 call.settle(at, outcome)
@@ -135,6 +145,19 @@ class Publisher:
         for refused in answer.get("Failed", ()):
             at = int(refused["Id"])
             call.settle(at, _of_entry(call.batch[at], refused))
+
+    async def _send_parts(
+        self, call: _Call, topic: str, queue: Queue, entries: list[tuple[int, dict[str, Any]]], error: BaseException
+    ) -> None:
+        """A request was refused as a whole for what is in it: too large together, or one of them is wrong."""
+        half = len(entries) // 2
+        if half:
+            self._queues.learn_old_limit(queue)
+            await self._send_batch(call, topic, queue, entries[:half])
+            await self._send_batch(call, topic, queue, entries[half:])
+        else:
+            (at, _) = entries[0]
+            call.settle(at, _rejected(call.batch[at], refusal(error, f"queue {queue.name!r}")))
 
     async def close(self, *, abort: bool) -> None:
         self._closed = True

@@ -19,6 +19,9 @@ LONGEST: Final = "1209600"
 """Seconds that a queue keeps messages: all that SQS allows. Its default would throw them away after four days."""
 
 
+OLD_LIMIT: Final = 262_144  # bytes, of a message and of a request
+
+
 @dataclass(frozen=True, slots=True)
 class Queue:
     name: str
@@ -128,6 +131,11 @@ class Queues:
         if limit is None:
             limit = self._limits[url] = await self._limit(url)
         return Queue(_name(url), url, limit)
+
+    def learn_old_limit(self, queue: Queue) -> None:
+        """A request was too large: the service is of before August 2025, and did not say so when asked."""
+        self._limits[queue.url] = min(OLD_LIMIT, queue.max_bytes)
+        self._of_topic.clear()
 
     async def _limit(self, url: str) -> int:
         most = self._settings.max_message_bytes

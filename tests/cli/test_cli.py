@@ -364,7 +364,7 @@ def test_a_schema_that_does_not_exist_is_named_by_migrate(postgres: Shop) -> Non
     ("url", "words"),
     [
         ("carrier-pigeon://loft", ["carrier-pigeon: there is no such transport", "amqp, amqps, kafka, local, memory"]),
-        ("sqs://eu-central-1", ["sqs: Amazon SQS is not supported by this version"]),
+        (f"sqs://key:{PASSWORD}@eu-central-1/queue", ["sqs: write sqs://region/?endpoint_url=…"]),
         ("amqp://guest@127.0.0.1", ["amqp: a user name and a password go together"]),
         (f"amqp://app:{PASSWORD}@127.0.0.1?heartbeat=0", ["heartbeat='0': must be a whole number from 1"]),
         ("broker:9092/topic", ["there is no such transport"]),

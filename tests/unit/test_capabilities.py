@@ -5,20 +5,24 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from outbox.transport import Capabilities
+from outbox.transport import Capabilities, Transport
 from outbox.transports import open_transport
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"
-URLS = ("kafka://broker", "amqp://broker", "local:broker.db", "memory:")
+URLS = ("kafka://broker", "amqp://broker", "sqs://region", "sqs://region?fifo=yes", "local:broker.db", "memory:")
 
 
 def table() -> str:
     transports = [open_transport(url) for url in URLS]
-    lines = ["| | " + " | ".join(one.name for one in transports) + " |", "|---" * (len(URLS) + 1) + "|"]
+    lines = ["| | " + " | ".join(map(_name, URLS, transports)) + " |", "|---" * (len(URLS) + 1) + "|"]
     for flag in fields(Capabilities):
         said = [_said(getattr(one.capabilities, flag.name)) for one in transports]
         lines.append(f"| `{flag.name}` | " + " | ".join(said) + " |")
     return "\n".join(lines)
+
+
+def _name(url: str, transport: Transport) -> str:
+    return f"{transport.name}, FIFO" if "fifo=yes" in url else transport.name
 
 
 def _said(value: bool | int | None) -> str:

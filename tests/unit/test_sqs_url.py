@@ -28,8 +28,7 @@ def test_names() -> None:
 
 
 def test_no_two_topics_and_groups_share_a_queue_or_look_like_each_others() -> None:
-    """Dots and underscores are one letter to SQS, which whoever has both sees by the other's messages; but what divides topic and
-    group is never part of either."""
+    """What divides topic and group is never part of either. (A dot is an underscore: who has both would share a queue.)"""
     parts = ["".join(some) for length in (1, 2, 3) for some in itertools.product("a_-", repeat=length)]
     found = of("sqs://")
     seen: dict[str, tuple[str, str]] = {}

@@ -41,15 +41,9 @@ def test_whatever_else_is_refused() -> None:
         open_transport(5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("url", ["sqs://eu-central-1/"])
-def test_transports_that_are_planned_say_so(url: str) -> None:
-    with pytest.raises(ConfigurationError, match="not supported by this version"):
-        open_transport(url)
-
-
 def test_an_unknown_scheme_lists_the_known_ones() -> None:
     with pytest.raises(
-        ConfigurationError, match="pigeon: there is no such transport; known are amqp, amqps, kafka, local, memory"
+        ConfigurationError, match="pigeon: there is no such transport; known are amqp, amqps, kafka, local, memory, sqs"
     ):
         open_transport("pigeon://loft")
 
