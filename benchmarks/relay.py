@@ -8,20 +8,19 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
 
 import psutil
 import psycopg
 import sqlalchemy as sa
-from aiokafka import AIOKafkaProducer
 
+from benchmarks import bare_kafka
+from benchmarks.bare_kafka import PARTITIONS
 from benchmarks.figures import Report
 from benchmarks.servers import kafka, postgresql
 from outbox import Outbox
 from outbox.relay import Relay
 from outbox.transports import open_transport
 
-PARTITIONS = 6
 BATCH = 2000
 
 FILL = """
@@ -57,45 +56,6 @@ async def bare_read_delete(url: str, rows: int) -> float:
                 return rows / (time.perf_counter() - start)
             floor = found[-1][0]
             await db.execute("delete from outbox_message where position = any(%s)", ([row[0] for row in found],))
-
-
-async def bare_publish(broker: str, topic: str, keys: int, rows: int) -> float:
-    """Messages a second: the client as well as one can use it, from memory, four batches in flight."""
-    producer = AIOKafkaProducer(
-        bootstrap_servers=broker.removeprefix("kafka://"), enable_idempotence=True, acks="all", max_batch_size=1 << 18
-    )
-    await producer.start()
-    try:
-        await producer.partitions_for(topic)
-        headers = [
-            ("outbox-id", str(uuid.uuid4()).encode()),
-            ("outbox-type", b"order.placed"),
-            ("content-type", b"application/json"),
-        ]
-        value, names = b"x" * 300, [f"k{n}".encode() for n in range(keys)]
-        start = time.perf_counter()
-        in_flight: list[Sequence[asyncio.Future[object]]] = []
-        for at in range(0, rows, BATCH):
-            futures = []
-            builders = {p: producer.create_batch() for p in range(PARTITIONS)}
-            for n in range(at, min(rows, at + BATCH)):
-                place = n % keys % PARTITIONS
-                if builders[place].append(key=names[n % keys], value=value, timestamp=None, headers=headers) is None:
-                    builders[place].close()
-                    futures.append(await producer.send_batch(builders[place], topic, partition=place))
-                    builders[place] = producer.create_batch()
-                    builders[place].append(key=names[n % keys], value=value, timestamp=None, headers=headers)
-            for place, builder in builders.items():
-                builder.close()
-                futures.append(await producer.send_batch(builder, topic, partition=place))
-            in_flight.append(futures)
-            if len(in_flight) >= 4:
-                await asyncio.gather(*in_flight.pop(0))
-        for futures in in_flight:
-            await asyncio.gather(*futures)
-        return rows / (time.perf_counter() - start)
-    finally:
-        await producer.stop()
 
 
 async def drain(outbox: Outbox, url: str, broker: str, rows: int) -> float:
@@ -181,7 +141,7 @@ def run(report: Report, *, repeat: int, scale: float) -> None:
                 for _ in range(repeat):
                     fill(engine, topic, keys, count)
                     reads.append(asyncio.run(bare_read_delete(url, count)))
-                    publishes.append(asyncio.run(bare_publish(broker, topic, keys, count)))
+                    publishes.append(asyncio.run(bare_kafka.publish(broker, topic, keys, count)))
                     fill(engine, topic, keys, count)
                     rates.append(asyncio.run(drain(outbox, url, broker, count)))
                 name = f"keys{keys}.rows{rows}"

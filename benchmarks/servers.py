@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,3 +56,16 @@ def rabbitmq() -> Iterator[str]:
         yield server.url
     finally:
         server.close()
+
+
+@contextmanager
+def local() -> Iterator[str]:
+    """The URL of a new log, ``local:…``."""
+    with tempfile.TemporaryDirectory(prefix="outbox-bench-") as folder:
+        yield f"local:{folder}/log.db"
+
+
+@contextmanager
+def memory() -> Iterator[str]:
+    """The URL of a new log in this process."""
+    yield f"memory://{uuid.uuid4().hex}"

@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from benchmarks import bare_rabbitmq
+from benchmarks import bare_kafka, bare_rabbitmq
 from benchmarks.figures import Report
-from benchmarks.servers import rabbitmq
+from benchmarks.servers import kafka, local, memory, rabbitmq
 from outbox._message import bucket_of, new_id
 from outbox._outgoing import Outgoing
 from outbox.transport import SENT, Transport
@@ -33,12 +33,12 @@ class Subject:
     name: str
     serve: Callable[[], AbstractContextManager[str]]
     """Starts the server for as long as the context is open; gives the transport's URL."""
-    reference: str
-    bare_publish: Rate
-    """To a topic that is declared, and whose group is known."""
-    bare_consume: Rate
-    """As a group of its own that knows the topic before ``fill`` is published."""
     rows: int
+    reference: str | None = None
+    """The bare client's name; None where there is none beside ours."""
+    bare_publish: Rate | None = None
+    """To a topic that is declared, and whose group is known."""
+    bare_consume: Rate | None = None
     batch: int = 500
     calls: int = 2
     """Of `publish`, under way together."""
@@ -47,13 +47,18 @@ class Subject:
 
 SUBJECTS = (
     Subject(
-        "rabbitmq",
-        rabbitmq,
-        "pika",
-        bare_rabbitmq.publish,
-        bare_rabbitmq.consume,
-        rows=60_000,
+        "kafka",
+        kafka,
+        200_000,
+        "aiokafka",
+        lambda url, topic, rows: bare_kafka.publish(url, topic, KEYS, rows),
+        bare_kafka.consume,
+        batch=2000,
+        calls=4,
     ),
+    Subject("rabbitmq", rabbitmq, 60_000, "pika", bare_rabbitmq.publish, bare_rabbitmq.consume),
+    Subject("local", local, 100_000),
+    Subject("memory", memory, 300_000, batch=2000),
 )
 
 
@@ -98,14 +103,14 @@ async def consume(transport: Transport, topic: str, rows: int, *, window: int) -
 
 
 async def measure(subject: Subject, url: str, topic: str, rows: int) -> tuple[float, float, float, float]:
-    """Publish and consume, bare and ours."""
+    """Publish and consume, bare (0 where there is nothing bare) and ours."""
     transport = open_transport(url)
     try:
-        await transport.declare([topic])
+        await transport.declare([topic], partitions=bare_kafka.PARTITIONS)
         await (await transport.subscribe([topic], GROUP, window=1)).close()
         stored = messages(topic, rows)
-        bare_out = await subject.bare_publish(url, topic, rows)
-        bare_in = await subject.bare_consume(url, topic, rows)
+        bare_out = await subject.bare_publish(url, topic, rows) if subject.bare_publish is not None else 0.0
+        bare_in = await subject.bare_consume(url, topic, rows) if subject.bare_consume is not None else 0.0
         out = await publish(transport, stored, batch=subject.batch, calls=subject.calls)
         into = await consume(transport, topic, rows, window=subject.window)
         return bare_out, bare_in, out, into
@@ -123,6 +128,9 @@ def run(report: Report, *, repeat: int, scale: float) -> None:
         name = f"transports.{subject.name}"
         for at, what in enumerate(("publish", "consume")):
             bare, ours = [figures[at] for figures in found], [figures[at + 2] for figures in found]
+            if subject.reference is None:
+                report.figure(f"{name}.{what}", ours, "msg/s")
+                continue
             report.figure(f"{name}.bare.{what}", bare, "msg/s")
             ratios = [our / other for our, other in zip(ours, bare, strict=True)]
             report.figure(f"{name}.{what}", ours, "msg/s", reference=subject.reference, ratios=ratios)

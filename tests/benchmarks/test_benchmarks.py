@@ -54,8 +54,11 @@ def test_each_benchmark_prints_one_json_object_a_figure(
         "stores.postgresql.cleanup.relay.beside",
         "stores.postgresql.cleanup.consumer.beside",
         "stores.postgresql.cleanup.rows1000000",
-        "transports.rabbitmq.publish",
-        "transports.rabbitmq.consume",
+        *(
+            f"transports.{one}.{what}"
+            for one in ("kafka", "rabbitmq", "local", "memory")
+            for what in ("publish", "consume")
+        ),
     } <= figures.keys()
     for figure in figures.values():
         # what a message costs is a difference of two times, and in a run this quick it may come out below zero
