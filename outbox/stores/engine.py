@@ -25,6 +25,9 @@ Database: TypeAlias = "str | sa.URL | sa.Engine | AsyncEngine"
 SUPPORTED: Final = ("postgresql", "sqlite", *MYSQL)
 READ_COMMITTED: Final = "READ COMMITTED"
 SQLITE_BUSY_SECONDS: Final = 10.0
+ENCODED: Final = (
+    "the characters / ? # @ : % of a user name or password are percent-encoded (urllib.parse.quote(password, safe=''))"
+)
 
 # dialect -> (the driver for sync use, the driver for async use)
 _DRIVERS: Final = {
@@ -209,8 +212,13 @@ def _checked_url(database: Database | None) -> sa.URL:
             # from None: SQLAlchemy's own text quotes the URL, password and all
             raise ConfigurationError(
                 "database is no URL that SQLAlchemy can read; it looks like postgresql://user:password@host:5432/name, "
-                "mysql://user:password@host:3306/name or sqlite:////path/to/file.db"
+                f"mysql://user:password@host:3306/name or sqlite:////path/to/file.db; {ENCODED}"
             ) from None
+        if "@" in (url.host or "") or (url.password is not None and "@" in (url.database or "")):
+            # what comes after the first @ would be taken for the host, and shown as such wherever the URL is
+            raise ConfigurationError(
+                f"database: the URL has one '@' too many, so where its password ends is not known; {ENCODED}"
+            )
     elif isinstance(database, sa.URL):
         url = database
     else:

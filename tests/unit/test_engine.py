@@ -121,7 +121,10 @@ def test_files_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ("oracle://app:s3cret@db/app", "'oracle' is not supported here: PostgreSQL, MySQL, MariaDB and SQLite are"),
         ("postgresql+nothing://app:s3cret@db/app", "unknown to SQLAlchemy"),
         ("not a url, s3cret", "no URL that SQLAlchemy can read"),
-        ("postgresql://app:s3cret@db:port/app", "no URL that SQLAlchemy can read"),
+        ("postgresql://app:s3cret@db:port/app", "no URL that SQLAlchemy can read.* percent-encoded"),
+        # a password with an @ that is not encoded: what follows it would be the host, and be shown
+        ("postgresql://app:pa@s3cret@db/app", r"one '@' too many.*urllib\.parse\.quote"),
+        ("mysql+pymysql://app:pa@ss/s3cret@db/app", "one '@' too many"),
         (7, "it must be a URL, an Engine or an AsyncEngine"),
         (sa.create_mock_engine("sqlite://", lambda *a, **k: None), "it must be a URL"),
     ],
