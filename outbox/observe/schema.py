@@ -107,15 +107,17 @@ def _not_here(inspector: sa.Inspector, tables: Tables, here: set[str]) -> str:
     others = _elsewhere(inspector, tables, here)
     if not others:
         return f"no outbox tables here (looked for {looked}). {_mend(SCHEMA_VERSION)}"
-    schema, prefix = others[0]
-    theirs = [("schema", schema)] * (schema is not None) + [("prefix", prefix)] * (prefix != PREFIX)
-    flags = [f"--{name} {value}" for name, value in theirs] or ["neither --schema nor --prefix"]
-    code = [f"{name}={value!r}" for name, value in theirs]
-    found = ", ".join(f"{schema + '.' if schema else ''}{prefix}message" for schema, prefix in others)
-    return (
-        f"no outbox tables here (looked for {looked}); found {found}: pass {' '.join(flags)}, "
-        f"or Outbox({', '.join(code)})"
-    )
+    found = ", ".join(f"{schema + '.' if schema else ''}{prefix}message" for schema, prefix in others[:SHOWN])
+    more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+    if len(others) == 1:
+        schema, prefix = others[0]
+        theirs = [("schema", schema)] * (schema is not None) + [("prefix", prefix)] * (prefix != PREFIX)
+        flags = [f"--{name} {value}" for name, value in theirs] or ["neither --schema nor --prefix"]
+        code = [f"{name}={value!r}" for name, value in theirs]
+        these = f"pass {' '.join(flags)}, or Outbox({', '.join(code)}), if these are yours"
+    else:  # of several, none is likelier than the others to be this application's
+        these = "if one of these is yours, name it by --schema and --prefix, or Outbox(schema=…, prefix=…)"
+    return f"no outbox tables here (looked for {looked}); found {found}{more}: {these}. Else {_mend(SCHEMA_VERSION, 'run')}"
 
 
 def _elsewhere(inspector: sa.Inspector, tables: Tables, here: set[str]) -> list[tuple[str | None, str]]:
@@ -138,8 +140,8 @@ def _full(tables: Tables, name: str) -> str:
     return f"{tables.schema}.{name}" if tables.schema else name
 
 
-def _mend(version: int) -> str:
+def _mend(version: int, run: str = "Run") -> str:
     return (
-        f"Run `outbox migrate`, or outbox_migrations.upgrade(op, to={version}) in an Alembic revision of yours, "
+        f"{run} `outbox migrate`, or outbox_migrations.upgrade(op, to={version}) in an Alembic revision of yours, "
         "then start again"
     )

@@ -64,8 +64,19 @@ def test_a_table_of_the_users_is_not_taken_for_ours(engine: sa.Engine) -> None:
 
 def test_tables_of_another_prefix_are_named(engine: sa.Engine) -> None:
     Outbox(prefix="shop_").metadata.create_all(engine)
-    with pytest.raises(SchemaMismatch, match=r"found shop_message: pass --prefix shop_, or Outbox\(prefix='shop_'\)"):
+    with pytest.raises(SchemaMismatch, match=r"found shop_message: pass --prefix shop_, or Outbox\(prefix='shop_'\), .*run `outbox mig"):
         check(engine, Outbox())
+
+
+def test_of_several_sets_none_is_taken_for_ours(engine: sa.Engine) -> None:
+    """On a server with many applications the first one found is somebody else's: whoever starts a relay on it sends their messages."""
+    for prefix in ("billing_", "shop_"):
+        Outbox(prefix=prefix).metadata.create_all(engine)
+    with pytest.raises(
+        SchemaMismatch, match=r"found billing_message, shop_message: if one of these is yours.* Else run `outbox migrate`"
+    ) as caught:
+        check(engine, Outbox())
+    assert "--prefix billing_" not in str(caught.value)
 
 
 def test_tables_in_the_default_place_are_named(postgresql_engine: sa.Engine) -> None:
