@@ -6,15 +6,21 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 
 from outbox.cli._common import exit_status, outbox_of, outbox_options, positive
 from outbox.errors import ConfigurationError
+from outbox.observe.words import some
 from outbox.stores._run import unavailable
 from outbox.stores.engine import database_url, is_engine, require_file, sync_engine_for
 from outbox.tables import Tables
+
+OWNER: Final = (
+    "who migrates owns the tables, and may make others in their schema (PostgreSQL: GRANT CREATE ON SCHEMA; MySQL: CREATE, ALTER, "
+    "DROP and INDEX). `--dry-run` and `--sql` show what somebody else may run"
+)
 
 
 def register(commands: Any) -> None:
@@ -56,7 +62,7 @@ def register(commands: Any) -> None:
         "--role",
         action="append",
         metavar="USE=ROLE",
-        help="with --grants: to which role (uses: add, cancel, claim, relay, consume, operate)",
+        help="with --grants: to which role (uses: add, cancel, claim, relay, cleanup, consume, operate)",
     )
     parser.set_defaults(do=do)
 
@@ -77,7 +83,7 @@ def do(options: argparse.Namespace) -> int:
     try:
         return _plan(engine, options, tables) if options.dry_run else _migrate(engine, options, tables)
     except sa.exc.DBAPIError as error:
-        raise unavailable(engine, error) from error
+        raise unavailable(engine, error, OWNER) from error
     finally:
         if not is_engine(options.database):
             engine.dispose()
@@ -87,6 +93,7 @@ def _migrate(engine: sa.Engine, options: argparse.Namespace, tables: Tables) -> 
     import outbox_migrations
 
     _say_what_holds_us_up()
+    lost = _lost(engine, tables) if options.to == 0 and options.downgrade else ""
     if options.partition is not None:
         change = outbox_migrations.partition_inbox if options.partition else outbox_migrations.unpartition_inbox
         changed = change(engine, schema=tables.schema, prefix=tables.prefix, patience=options.patience)
@@ -103,8 +110,25 @@ def _migrate(engine: sa.Engine, options: argparse.Namespace, tables: Tables) -> 
     )
     version = outbox_migrations.LATEST if options.to is None else options.to
     now = "there are no outbox tables" if version == 0 else f"outbox tables are at version {version}"
-    print(now + (f" (ran {', '.join(steps)})" if steps else ", as they were"))
+    print(now + (f" (ran {', '.join(steps)})" if steps else ", as they were") + (f"; dropped {lost}" if lost else ""))
     return 0
+
+
+def _lost(engine: sa.Engine, tables: Tables) -> str:
+    """What version 0 drops that nobody has sent or handled, in words; empty where there is nothing such."""
+    with engine.connect() as connection:
+        inspector = sa.inspect(connection)
+
+        def rows(table: sa.Table, *where: sa.ColumnElement[bool]) -> int:
+            if not inspector.has_table(table.name, schema=table.schema):
+                return 0
+            return connection.scalar(sa.select(sa.func.count()).select_from(table).where(*where)) or 0
+
+        unsent = sum(rows(table) for table in (tables.message, tables.scheduled, tables.parked))
+        retried = rows(tables.attempt)
+        dead = rows(tables.dead_letter, tables.dead_letter.c.state == "open")
+    found = ((unsent, "message", " not sent"), (retried, "message", " to be tried again"), (dead, "open dead letter", ""))
+    return ", ".join(some(number, what) + after for number, what, after in found if number)
 
 
 def _plan(engine: sa.Engine, options: argparse.Namespace, tables: Tables) -> int:
@@ -124,6 +148,8 @@ def _plan(engine: sa.Engine, options: argparse.Namespace, tables: Tables) -> int
         print(f"  {planned.what}\n      locks {planned.locks}")
     if not found:
         print("nothing to do")
+    elif options.to == 0 and (lost := _lost(engine, tables)):
+        print(f"drops {lost}")
     return 0
 
 
@@ -161,7 +187,12 @@ def _dialect(options: argparse.Namespace) -> str:
     given = options.database
     if given is not None and given in ("postgresql", "mysql", "mariadb", "sqlite"):
         return str(given)
-    return database_url(given).get_backend_name()
+    try:
+        return database_url(given).get_backend_name()
+    except ConfigurationError as error:
+        if given is not None:
+            raise
+        raise ConfigurationError(f"{error}. Here its kind is enough: --database postgresql (mysql, mariadb)") from None
 
 
 def _say_what_holds_us_up() -> None:

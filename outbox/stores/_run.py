@@ -26,6 +26,7 @@ READ_ONLY: Final = (
     "(PostgreSQL: several hosts and target_session_attrs=read-write find it)"
 )
 GRANTS: Final = "`outbox migrate --grants` prints what each use of the tables needs"
+RIGHTS: Final = ("permission denied for", "command denied to user", "must be owner of")
 TRIES: Final = 5
 GRACE: Final = 1.0  # seconds that a cancelled call waits for its thread
 
@@ -223,12 +224,15 @@ class Scope:
         return more
 
 
-def unavailable(engine: sa.Engine | AsyncEngine, error: BaseException) -> StoreUnavailable:
-    """What happened, in one line, without the statement, its parameters or a password."""
+def unavailable(
+    engine: sa.Engine | AsyncEngine, error: BaseException, rights: str | None = None
+) -> StoreUnavailable:
+    """What happened, in one line, without the statement, its parameters or a password. ``rights``: what to do where a right
+    is missing, if the grants of use are not it."""
     cause = getattr(error, "orig", None) or error
     what = words(cause) or type(cause).__name__
     # without its query, which may hold a password too
-    return StoreUnavailable(f"{engine.url.set(query={}).render_as_string(hide_password=True)}: {what}{advice(what)}")
+    return StoreUnavailable(f"{engine.url.set(query={}).render_as_string(hide_password=True)}: {what}{advice(what, rights)}")
 
 
 # Of what a driver says to what can be done: for messages only, nothing is decided by it.
@@ -244,6 +248,8 @@ _ADVICE: Final = {
 }
 
 
-def advice(what: str) -> str:
+def advice(what: str, rights: str | None = None) -> str:
     """What to do about an error, where its text says that: to be put behind it."""
+    if rights is not None and any(text in what for text in RIGHTS):
+        return f"; {rights}"
     return next((f"; {advice}" for text, advice in _ADVICE.items() if text in what), "")

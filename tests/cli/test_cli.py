@@ -305,8 +305,12 @@ def test_a_role_that_may_not_read_is_named(postgres: Shop) -> None:
                 3,
                 "permission denied for table outbox_checkpoint; `outbox migrate --grants`",
             )
-        refused(run("migrate", "--prefix", "new_", "--database", url), 3, "permission denied for schema public")
+        owner = "who migrates owns the tables"  # no grant of use is enough for it
+        refused(run("migrate", "--prefix", "new_", "--database", url), 3, "permission denied for schema public", owner)
+        postgres.execute(f"grant select on all tables in schema public to {role}")
+        refused(run("migrate", "--to", "1", "--downgrade", "--database", url), 3, "must be owner of", owner)
     finally:
+        postgres.execute(f"drop owned by {role}")
         postgres.execute(f"drop role {role}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from outbox import Outbox
 from outbox.observe.schema import check_schema
 from outbox_migrations import LATEST, script
+from outbox_migrations._grants import USES
 from tests.cli.command import outbox, quick, refused
 from tests.cli.conftest import Shop
 from tests.migrations.older import Older
@@ -53,6 +55,18 @@ def test_to_goes_up_and_refuses_to_go_down_without_a_word(tmp_path: Path, shop: 
     assert "outbox_message" not in sa.inspect(shop.engine).get_table_names()
     refused(quick("migrate", *database, "--to", "9"), 2, f"up to version {LATEST}", "pip install -U pyoutbox")
     assert quick("migrate", *database, "--to", "x").status == 2
+
+
+def test_what_is_dropped_and_was_not_sent_is_said(shop: Shop) -> None:
+    """Without a word whoever had not drained would never know."""
+    outbox = Outbox()
+    with shop.engine.begin() as connection:
+        outbox.add(connection, "orders", {"order_id": 1}, key=1)
+        outbox.add(connection, "orders", {"order_id": 2}, key=2, deliver_at=dt.timedelta(days=1))
+    dropped = ("migrate", "--database", shop.url, "--to", "0")
+    assert quick(*dropped, "--dry-run").out.endswith("\ndrops 2 messages not sent\n")
+    assert quick(*dropped, "--downgrade").out.endswith("); dropped 2 messages not sent\n")
+    assert quick(*dropped, "--downgrade").out == "there are no outbox tables, as they were\n"
 
 
 def test_a_dry_run_says_which_steps_and_what_each_locks(shop: Shop) -> None:
@@ -121,6 +135,16 @@ def test_a_script_downwards_wants_the_word_too() -> None:
     assert "RESET (autovacuum" in done.out
     done = quick("migrate", "--sql", "--database", "postgresql", "--from", "2", "--to", "0", "--downgrade")
     assert done.out.count("DROP TABLE") == 11
+
+
+@pytest.mark.parametrize("what", ["--sql", "--grants"])
+def test_what_connects_to_nothing_asks_for_no_more_than_the_kind(what: str) -> None:
+    refused(quick("migrate", what), 2, "no database given", "its kind is enough: --database postgresql")
+
+
+def test_every_use_is_in_the_help() -> None:
+    said = " ".join(quick("migrate", "--help").out.split())
+    assert f"(uses: {', '.join(USES)})" in said
 
 
 def test_grants_are_printed_for_the_roles_that_are_named() -> None:
