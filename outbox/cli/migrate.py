@@ -18,8 +18,8 @@ from outbox.stores.engine import database_url, is_engine, require_file, sync_eng
 from outbox.tables import Tables
 
 OWNER: Final = (
-    "who migrates owns the tables, and may make others in their schema (PostgreSQL: GRANT CREATE ON SCHEMA; MySQL: CREATE, ALTER, "
-    "DROP and INDEX). `--dry-run` and `--sql` show what somebody else may run"
+    "who migrates owns the tables, and may make others in their schema (PostgreSQL: GRANT CREATE ON SCHEMA; MySQL: CREATE, "
+    "ALTER, DROP and INDEX). `--dry-run` and `--sql` show what somebody else may run"
 )
 
 
@@ -127,7 +127,11 @@ def _lost(engine: sa.Engine, tables: Tables) -> str:
         unsent = sum(rows(table) for table in (tables.message, tables.scheduled, tables.parked))
         retried = rows(tables.attempt)
         dead = rows(tables.dead_letter, tables.dead_letter.c.state == "open")
-    found = ((unsent, "message", " not sent"), (retried, "message", " to be tried again"), (dead, "open dead letter", ""))
+    found = (
+        (unsent, "message", " not sent"),
+        (retried, "message", " to be tried again"),
+        (dead, "open dead letter", ""),
+    )
     return ", ".join(some(number, what) + after for number, what, after in found if number)
 
 

@@ -224,15 +224,15 @@ class Scope:
         return more
 
 
-def unavailable(
-    engine: sa.Engine | AsyncEngine, error: BaseException, rights: str | None = None
-) -> StoreUnavailable:
+def unavailable(engine: sa.Engine | AsyncEngine, error: BaseException, rights: str | None = None) -> StoreUnavailable:
     """What happened, in one line, without the statement, its parameters or a password. ``rights``: what to do where a right
     is missing, if the grants of use are not it."""
     cause = getattr(error, "orig", None) or error
     what = words(cause) or type(cause).__name__
     # without its query, which may hold a password too
-    return StoreUnavailable(f"{engine.url.set(query={}).render_as_string(hide_password=True)}: {what}{advice(what, rights)}")
+    return StoreUnavailable(
+        f"{engine.url.set(query={}).render_as_string(hide_password=True)}: {what}{advice(what, rights)}"
+    )
 
 
 # Of what a driver says to what can be done: for messages only, nothing is decided by it.
