@@ -23,6 +23,7 @@ from outbox.relay.leases import Leases, holders
 from outbox.relay.parking import Due, due
 from outbox.relay.routes import ALL, Routes, parse_routes
 from outbox.relay.schedule import move_due
+from outbox.relay.troubles import Troubles
 from outbox.store import Store
 from outbox.stores import open_store
 from outbox.stores.engine import from_environment
@@ -200,7 +201,7 @@ class Relay:
         self._flow, self._looked, self._waits = None, False, False
         routes = self._open_routes()
         store = open_store(self._database, self.outbox.tables)
-        began, pause = asyncio.get_running_loop().time(), 0.1
+        began, pause, troubles = asyncio.get_running_loop().time(), 0.1, Troubles()
         try:
             while True:
                 try:
@@ -209,7 +210,9 @@ class Relay:
                 except StoreUnavailable as error:
                     if patience is not None and asyncio.get_running_loop().time() - began > patience:
                         raise
-                    log.error("waiting for the database: %s", error)
+                    troubles.fails("open", error)
+                    if troubles.is_news("open"):
+                        log.error("waiting for the database: %s", error)
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, 10.0)
         except BaseException:
@@ -281,8 +284,11 @@ class Relay:
                 flow.troubles.works(what)
             except Exception as error:
                 pause = min(0.1 * 2 ** min(flow.troubles.fails(what, error), 10), 2.0, self._lease / 4)
-                foreseen = isinstance(error, OutboxError)
-                log.error("the relay has a problem, and tries again: %s", error, exc_info=None if foreseen else error)
+                if flow.troubles.is_news(what):
+                    foreseen = isinstance(error, OutboxError)
+                    log.error(
+                        "the relay has a problem, and tries again: %s", error, exc_info=None if foreseen else error
+                    )
             await asyncio.sleep(pause)
 
     async def _beat(self, flow: Flow, stop: asyncio.Event) -> float:

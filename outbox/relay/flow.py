@@ -189,8 +189,9 @@ class Flow:
                 None if len(buckets) == 64 else buckets, self._in_flight, self.routes.without(reading), room
             )
         except (StoreUnavailable, LeaseLost) as error:
-            log.error("cannot read the outbox: %s", error)
             self.troubles.fails("read", error)
+            if self.troubles.is_news("read"):
+                log.error("cannot read the outbox: %s", error)
             self.forget("the database cannot be read")
             return max(0.1, min(2.0, pause * 2))
         self.troubles.works("read")

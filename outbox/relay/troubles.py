@@ -10,6 +10,7 @@ from outbox.backoff import Backoff
 
 REST: Final = Backoff(first=0.2, factor=2.0, most=5.0)  # seconds, after the fate of messages could not be stored
 OVER: Final = 30.0  # seconds without a failure: the next one is a new trouble
+NEWS: Final = 60.0  # seconds after which what still fails in the same way is said again
 
 
 @dataclass(slots=True)
@@ -18,6 +19,8 @@ class _Trouble:
     last: float
     failures: int  # in a row
     error: BaseException
+    said: str | None = None  # the text of an error that was logged, and when
+    said_at: float = 0.0
 
 
 class Troubles:
@@ -36,6 +39,16 @@ class Troubles:
         known.last, known.error = now, error
         known.failures += 1
         return known.failures
+
+    def is_news(self, what: str) -> bool:
+        """Whether to log how this failed last: a text that was not the last one logged, or once in `NEWS` the same. Else an
+        outage of an hour would be thousands of lines, and hide the others."""
+        known, now = self._known[what], time.monotonic()
+        text = str(known.error)
+        if text == known.said and now - known.said_at < NEWS:
+            return False
+        known.said, known.said_at = text, now
+        return True
 
     def works(self, what: str) -> None:
         """The opposite of `fails`."""

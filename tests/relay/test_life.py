@@ -155,6 +155,23 @@ async def test_a_database_that_refuses_a_dead_letter_ends_the_drain_and_leaks_no
     assert "PAYLOAD" not in caplog.text
 
 
+async def test_what_the_database_refuses_again_and_again_is_said_once(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A missing right was a line every two seconds, all night; its end and a new trouble are seen none the less."""
+    with faulty_stores(monkeypatch) as stores:
+        async with running(relay(database, Scripted())):
+            await eventually(lambda: stores)
+            stores[0].before = gone
+            tried = len(stores[0].seen)
+            await eventually(lambda: stores[0].seen[tried:].count("_renew") >= 4)
+            stores[0].before = lambda name: None
+            database.add("k")
+            await eventually(lambda: database.count() == 0)
+    said = [text for text in caplog.messages if "the test's fault: _renew" in text]
+    assert said == ["the relay has a problem, and tries again: the test's fault: _renew"]
+
+
 def test_a_drain_needs_no_event_loop(on_sqlite: Database) -> None:
     on_sqlite.add("k")
     found = Relay(on_sqlite.outbox, database=on_sqlite.url, transport="memory://drained")

@@ -48,3 +48,21 @@ def test_failures_far_apart_are_not_in_a_row(clock: list[float]) -> None:
     assert found.fails("park", ValueError()) == 2
     clock[0] += 60
     assert found.fails("park", ValueError()) == 1
+
+
+def test_the_same_trouble_is_said_once_a_minute_and_a_new_one_at_once(clock: list[float]) -> None:
+    found = Troubles()
+
+    def said(text: str) -> bool:
+        found.fails("park", ValueError(text))
+        return found.is_news("park")
+
+    assert [said("away") for _ in range(5)] == [True, False, False, False, False]
+    assert [said("denied"), said("denied")] == [True, False]
+    news = 0
+    for _ in range(90):  # three minutes
+        clock[0] += 2
+        news += said("denied")
+    assert news == 3
+    found.works("park")
+    assert said("denied")  # it had gone and is back
