@@ -49,8 +49,12 @@ def do(options: argparse.Namespace) -> int:
     consumer = load(options.consumer)
     if not isinstance(consumer, Consumer):
         raise ConfigurationError(
-            f"{options.consumer}: this is a {type(consumer).__name__}, not a Consumer; name your Consumer object, "
+            f"{options.consumer}: this is {_a(type(consumer).__name__)}, not a Consumer; name your Consumer object, "
             "for example outbox consume shop.billing:billing"
         )
     consumer.run(database=options.database, transport=options.transport, member=options.member)
     return 0
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'AEIOUaeiou' else 'a'} {noun}"

@@ -242,10 +242,10 @@ def _order(one: Destination) -> str:
     if not one.handled_later_at_most and not one.handled_later:
         text = f"{one.consumer} has handled nothing since they failed, so no later message came before them"
     else:
-        known = f"{one.handled_later:,} {word(one.handled_later, 'is', 'are')}" if one.handled_later else "none is"
         text = (
-            f"later messages may have been handled already. {known} known by dead letters of these keys, at most "
-            f"{one.handled_later_at_most:,} can be (all that {one.consumer} has handled since; the inbox keeps no keys)"
+            f"later messages may have been handled already: at least {one.handled_later:,} (as far as dead letters of "
+            f"these keys tell), at most {one.handled_later_at_most:,} (all that {one.consumer} has handled since; the "
+            "inbox keeps no keys)"
         )
     return f"  Order of {_their_keys(one)}: {text}{_still_open(one)}."
 

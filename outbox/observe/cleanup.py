@@ -47,7 +47,7 @@ class CleanupStatus:
             kept = f" of {duration(self.inbox_kept)}" if self.inbox_kept is not None else ""
             parts.append(f"the inbox goes back {duration(self.inbox_oldest)}{kept}")
         if self.bytes is not None:
-            parts.append(f"it and the dead letters take {self.bytes / 1e6:,.1f} MB")
+            parts.append(f"inbox and dead letters take {self.bytes / 1e6:,.1f} MB")
         if self.partitioned:
             parts.append(self._partitions())
         late = self.inbox_kept is not None and (self.inbox_oldest or 0.0) > self.inbox_kept + LATE

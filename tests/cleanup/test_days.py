@@ -359,6 +359,7 @@ def test_status_says_that_it_is_in_partitions_and_whether_tomorrow_has_one(datab
         return found.line()
 
     assert "in partitions, and no day has one yet: start a relay or run `outbox cleanup`" in line()
+    assert "; inbox and dead letters take " in line()
     cleanup(database).run()
     assert f"in partitions up to {TODAY + dt.timedelta(days=days.AHEAD)}" in line()
     handled(database, 0, *[uuid.uuid4() for _ in range(50)])

@@ -108,7 +108,7 @@ def test_an_app_that_cannot_be_had_is_named(folder: Path, verb: str, app: str, w
         ("shop", "write module:name"),
         ("shpo:billing", "no module 'shpo'"),
         ("shop:billing", "shop has no 'billing'"),
-        ("shop:outbox", "this is a Outbox, not a Consumer"),
+        ("shop:outbox", "this is an Outbox, not a Consumer"),
     ],
 )
 def test_a_consumer_that_cannot_be_had_is_named(folder: Path, consumer: str, words: str) -> None:

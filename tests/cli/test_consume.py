@@ -72,7 +72,7 @@ def test_no_consumer_at_all_is_wrong_usage() -> None:
 
 def test_an_outbox_in_place_of_a_consumer_says_what_is_wanted(folder: Path) -> None:
     done = outbox("consume", "shop:outbox", folder=folder)
-    refused(done, 2, "shop:outbox", "this is a Outbox, not a Consumer", "shop.billing:billing")
+    refused(done, 2, "shop:outbox", "this is an Outbox, not a Consumer", "shop.billing:billing")
 
 
 def test_the_help_says_what_becomes_of_types_without_a_handler() -> None:

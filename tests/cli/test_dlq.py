@@ -174,8 +174,9 @@ def test_later_messages_of_the_key_are_counted_where_they_can_be(shop: Shop) -> 
         plan["notes"] == dlq(shop, "replay", "--consumer", "billing", "--limit", "1", "--dry-run").out.splitlines()[1:]
     )
     assert plan["notes"][-1] == (
-        "  Order of its 1 key: later messages may have been handled already. 1 is known by dead letters of these keys, at "
-        "most 5 can be (all that billing has handled since; the inbox keeps no keys); 1 later dead letter of it stays open."
+        "  Order of its 1 key: later messages may have been handled already: at least 1 (as far as dead letters of these "
+        "keys tell), at most 5 (all that billing has handled since; the inbox keeps no keys); 1 later dead letter of it "
+        "stays open."
     )
 
 
