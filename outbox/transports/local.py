@@ -316,8 +316,10 @@ class LocalLog:
                 f"local: {self.path} is read-only for this user, and the log is written to: make it writable, its folder "
                 f"and the files {self.path.name}-wal and {self.path.name}-shm too"
             )
+        if self.path.is_dir():
+            return wrong(f"local: {self.path} is a folder; name a file in it")
         if code == sqlite3.SQLITE_CANTOPEN:
-            return wrong(f"local: {self.path} cannot be opened: this user may not, or it is no file")
+            return wrong(f"local: {self.path} cannot be opened: this user may not read and write it, or its folder")
         if code == sqlite3.SQLITE_NOTADB:
             return wrong(f"local: {self.path} is no SQLite file; give the log its own file")
         return Unavailable(f"local: {self.path} cannot be used: {error}")

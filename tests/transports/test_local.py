@@ -338,7 +338,7 @@ async def test_a_file_that_cannot_be_opened_for_a_while_is_no_mistake(log: Trans
     for file in path.parent.glob("log.db*"):
         file.unlink()
     await asyncio.to_thread(path.mkdir)
-    with pytest.raises(Unavailable, match="cannot be opened"):
+    with pytest.raises(Unavailable, match="is a folder"):
         await subscription.fetch(10, 0.2)
     await asyncio.to_thread(path.rmdir)
     await subscription.fetch(10, 0.2)
@@ -419,3 +419,10 @@ async def test_what_was_sent_is_there_when_it_is_opened_again(path: Path) -> Non
         await transport.close()
     mode = sqlite3.connect(path).execute("PRAGMA journal_mode").fetchone()
     assert mode == ("wal",)
+
+
+async def test_a_folder_in_the_place_of_the_file_is_named_as_what_it_is(tmp_path: Path) -> None:
+    transport = open_transport(f"local:{tmp_path}")
+    with pytest.raises(ConfigurationError, match=f"local: {tmp_path} is a folder; name a file in it"):
+        await transport.connect()
+    await transport.close()
