@@ -108,8 +108,9 @@ def _bytes(connection: sa.Connection, tables: Tables) -> int | None:
         return None
     # with partitions, whose parent has no file itself
     query = sa.text(
-        "select coalesce(sum(pg_total_relation_size(t.relid)), 0)::bigint"
-        " from unnest(cast(:names as text[])) n, pg_partition_tree(to_regclass(n)) t"
+        "select coalesce(sum(coalesce("
+        "(select sum(pg_total_relation_size(t.relid)) from pg_partition_tree(to_regclass(n)) t),"  # none of an ordinary table
+        " pg_total_relation_size(to_regclass(n)))), 0)::bigint from unnest(cast(:names as text[])) n"
     )
     quote = connection.dialect.identifier_preparer.format_table
     names = [quote(table) for table in (tables.inbox, tables.dead_letter)]

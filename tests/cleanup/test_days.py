@@ -351,6 +351,21 @@ def test_what_was_granted_stays_granted_on_both_ways(limited: sa.Engine, databas
     assert done.notes == []
 
 
+@pytest.mark.parametrize("partitioned", [True, False])
+def test_status_says_how_large_it_is_in_partitions_and_as_one_table(database: Database, partitioned: bool) -> None:
+    if not partitioned:
+        outbox_migrations.unpartition_inbox(database.engine)
+    handled(database, 0, *[uuid.uuid4() for _ in range(50)])
+    with database.engine.connect() as connection:
+        found = status(connection, database.tables).cleanup
+        names = "outbox_inbox_default" if partitioned else "outbox_inbox"
+        size = connection.scalar(sa.text(f"select pg_total_relation_size('{names}')"))
+        letters = connection.scalar(sa.text("select pg_total_relation_size('outbox_dead_letter')"))
+    assert found is not None
+    assert found.bytes is not None
+    assert found.bytes >= size + letters > 0
+
+
 def test_status_says_that_it_is_in_partitions_and_whether_tomorrow_has_one(database: Database) -> None:
     def line() -> str:
         with database.engine.connect() as connection:
