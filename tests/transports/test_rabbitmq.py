@@ -12,10 +12,9 @@ import pytest
 from outbox import wire
 from outbox.errors import ConfigurationError, Unavailable
 from outbox.testing.conformance import ids, message, numbered
-from outbox.transport import Delivery
-from outbox.transports.rabbitmq import RabbitmqTransport
 from tests.services import RabbitmqServer
-from tests.transports.rabbitmq_tools import Open, get, know, raw, read, read_all, until
+from tests.transports.churn import Churn
+from tests.transports.rabbitmq_tools import Open, get, know, raw, read, read_all
 from tests.transports.relaying import Sending, first_deliveries, in_order
 
 
@@ -200,52 +199,18 @@ async def test_what_a_classic_queue_delivers_again_is_suspect_too(rabbits: Open,
 async def test_members_that_come_and_go_share_the_partitions_and_turn_no_key_around(
     rabbits: Open, rabbitmq_url: str, name: str
 ) -> None:
-    url, keys = rabbitmq_url, 40
-    transports = [rabbits(url, partitions=4) for _ in range(3)]
+    transports = [rabbits(rabbitmq_url, partitions=4) for _ in range(3)]
     await know(transports[0], name, "billing")
-    log: list[tuple[int, Delivery]] = []
-    enough = asyncio.Event()
-
-    async def produce() -> int:
-        transport, count = rabbits(url), 0
-        while not enough.is_set():
-            await Sending(transport, numbered(name, keys, keys=keys, first=count)).run()
-            count += keys
-            await asyncio.sleep(0.01)  # or the backlog outgrows the handlers, which are to have one
-        return count
-
-    async def work(number: int, transport: RabbitmqTransport, stop: asyncio.Event) -> None:
-        subscription = await transport.subscribe([name], "billing", window=100)
-        while not stop.is_set():
-            batch = await subscription.fetch(20, 0.1)
-            await asyncio.sleep(0.01)  # handlers at work, while others ask for their share
-            log.extend((number, delivery) for delivery in batch)
-            await subscription.ack(batch)
-        await subscription.close()
-
-    async def all_have_some(*numbers: int) -> None:
-        seen = len(log)
-        await until(lambda: {who for who, _ in log[seen:]} >= {*numbers}, within=60)
-
-    producing = asyncio.create_task(produce())
-    stops = [asyncio.Event() for _ in transports]
-    tasks = []
+    churn = Churn(name, "billing", keys=40)
+    churn.produce(rabbits(rabbitmq_url))
     for joining in range(3):
-        tasks.append(asyncio.create_task(work(joining, transports[joining], stops[joining])))
-        await all_have_some(*range(joining + 1))
-    stops[0].set()
-    await tasks[0]
-    await all_have_some(1, 2)
-    enough.set()
-    count = await producing
-    await until(lambda: len(log) >= count, within=60)
-    for stop in stops:
-        stop.set()
-    await asyncio.gather(*tasks)
-    found = [delivery for _, delivery in log]
-    assert len(set(ids(found))) == count
-    assert first_deliveries(found) == in_order(count, keys)
-    assert Counter(ids(found)).most_common(1)[0][1] == 1, "something came twice though all was finished"
+        churn.join(joining, transports[joining])
+        await churn.all_have_some(*range(joining + 1))
+    await churn.leave(0)
+    await churn.all_have_some(1, 2)
+    await churn.finish([1, 2])
+    assert len(set(ids(churn.found))) == churn.count
+    assert first_deliveries(churn.found) == in_order(churn.count, 40)
 
 
 async def test_messages_without_a_key_get_through_partitions_too(rabbits: Open, rabbitmq_url: str, name: str) -> None:
