@@ -61,7 +61,7 @@ class Builder:
         declared = _declared(topic)
         if key is not ABSENT or type is not None or content_type is not None:
             raise TypeError(f"add(…, {topic.__class__.__name__}): topic, key and type come from its @event declaration")
-        return self._event(topic, declared, headers, deliver_at, id)
+        return self._build(declared.topic, topic, headers=headers, deliver_at=deliver_at, id=id)
 
     def many(self, messages: Iterable[object]) -> list[Built]:
         """The rows of what `Outbox.add_all` takes."""
@@ -77,19 +77,8 @@ class Builder:
             elif isinstance(message, Message):
                 built.append(self._message(message))
             else:
-                built.append(self._event(message, _declared(message), None, None, None))
+                built.append(self._build(_declared(message).topic, message))
         return built
-
-    def _event(
-        self,
-        event: object,
-        declared: Declaration,
-        headers: Mapping[str, str] | None,
-        deliver_at: dt.datetime | dt.timedelta | None,
-        id: uuid.UUID | None,
-    ) -> Built:
-        key: Any = ABSENT if declared.key is None else declared.key(event)
-        return self._build(declared.topic, event, key, declared.type, headers, None, deliver_at, id, declared.version)
 
     def _build(
         self,
@@ -101,14 +90,19 @@ class Builder:
         content_type: str | None = None,
         deliver_at: dt.datetime | dt.timedelta | None = None,
         id: uuid.UUID | None = None,
-        version: int = 1,
     ) -> Built:
+        """What is not said and the payload's class declares is as declared, also when it goes to another topic."""
         topic = check_topic(topic)
         if id is not None and not isinstance(id, uuid.UUID):
             raise EncodingError(f"message for {topic!r}: id is a {id.__class__.__name__}; it must be a UUID")
         checked = {} if headers is None else check_headers(headers, topic)
-        if version != 1:
-            checked[VERSION_HEADER] = str(version)
+        declared = declaration(payload.__class__)
+        if declared is not None:
+            type = declared.type if type is None else type
+            if key is ABSENT and declared.key is not None:
+                key = declared.key(payload)
+            if declared.version != 1:
+                checked[VERSION_HEADER] = str(declared.version)
         text = key_text(key, topic)
         body, content_type = encoding.encode(payload, topic, check_content_type(content_type, topic), self.codec)
         return self._built(

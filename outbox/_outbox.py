@@ -107,7 +107,8 @@ class Outbox:
     ) -> Message:
         """Add a message to the transaction of ``where``; it is sent if and only if that commits.
 
-        ``add(where, topic, payload, …)``, or ``add(where, event)`` for an object whose class is declared with ``@event``.
+        ``add(where, topic, payload, …)``, or ``add(where, event)`` for an object whose class is declared with ``@event``;
+        as the payload of another topic such an object keeps its type and key, unless others are given.
         The call is the same for sync and async sessions, without ``await``, and for a driver's own sync connection:
         psycopg, psycopg2, sqlite3, PyMySQL, mysqlclient, and Django's. An async connection takes `aadd`.
 

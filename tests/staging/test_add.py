@@ -91,6 +91,21 @@ class TestTheRow:
         assert row["payload"] == b'{"order_id":7,"total":"1.50"}'
         assert row["headers"] == '{"tenant":"a","outbox-version":"2"}'
 
+    def test_of_an_event_to_another_topic_keeps_what_its_class_declares(self, shop: Shop) -> None:
+        """Its key most of all: without one there is no order. What is said wins."""
+        event = OrderPlaced(7, Decimal("1.50"))
+        with Session(shop.engine) as session, session.begin():
+            outbox.add(session, "audit", event)
+            outbox.add(session, "audit", event, key="a", type="order.seen")
+            outbox.add_all(session, [{"topic": "audit", "payload": event}])
+        rows = in_table(shop)
+        assert [(row["topic"], row["type"], row["key"]) for row in rows] == [
+            ("audit", "order.placed", "7"),
+            ("audit", "order.seen", "a"),
+            ("audit", "order.placed", "7"),
+        ]
+        assert {row["headers"] for row in rows} == {'{"outbox-version":"2"}'}
+
     def test_of_an_event_whose_entity_is_not_flushed_yet_is_refused(self, shop: Shop) -> None:
         with Session(shop.engine) as session:
             order = Order(name="a")
