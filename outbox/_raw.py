@@ -17,6 +17,7 @@ from sqlalchemy.dialects import registry
 
 from outbox import _insert
 from outbox._drivers import ASYNCPG, PSYCOPG, TORTOISE, Driver, driver_of
+from outbox._refusals import advised
 from outbox._rows import Built, Row
 from outbox._statements import Statement
 from outbox.staging import inserted
@@ -31,7 +32,7 @@ def execute(driver: Driver, connection: Any, work: Work) -> int:
     driver.refuse_unfit(connection)
     count = 0
     for call in _calls(driver, work):
-        with closing(_cursor(driver, connection)) as cursor:
+        with advised(), closing(_cursor(driver, connection)) as cursor:
             (cursor.executemany if call.many else cursor.execute)(call.sql, call.parameters)
             if _is_not_answered(driver, cursor, call):
                 with connection.pipeline():
@@ -52,17 +53,18 @@ async def aexecute(driver: Driver, connection: Any, work: Work) -> int:
     driver.refuse_unfit(connection)
     count = 0
     for call in _calls(driver, work):
-        if driver is not ASYNCPG:
-            async with _cursor(driver, connection) as cursor:
-                await (cursor.executemany if call.many else cursor.execute)(call.sql, call.parameters)
-                if _is_not_answered(driver, cursor, call):
-                    async with connection.pipeline():
-                        pass
-                count = _count(driver, cursor, work)
-        elif call.many:
-            await connection.executemany(call.sql, call.parameters)
-        else:  # returns the command's tag: INSERT 0 1
-            count = int((await connection.execute(call.sql, *call.parameters)).rpartition(" ")[2])
+        with advised():
+            if driver is not ASYNCPG:
+                async with _cursor(driver, connection) as cursor:
+                    await (cursor.executemany if call.many else cursor.execute)(call.sql, call.parameters)
+                    if _is_not_answered(driver, cursor, call):
+                        async with connection.pipeline():
+                            pass
+                    count = _count(driver, cursor, work)
+            elif call.many:
+                await connection.executemany(call.sql, call.parameters)
+            else:  # returns the command's tag: INSERT 0 1
+                count = int((await connection.execute(call.sql, *call.parameters)).rpartition(" ")[2])
         _tell(call)
     return count
 

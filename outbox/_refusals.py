@@ -4,6 +4,8 @@ quote of the user's data."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 # MySQL quotes values in these, between apostrophes: a duplicate entry, the statement near a syntax error, a value that is
@@ -16,6 +18,7 @@ _QUOTED: Final = re.compile(r"(['\"]).*\1(?= for (?:key|column|function)\b| at (
 _MYSQL_UNDOES: Final = frozenset({1020, 1213})  # MariaDB's snapshot isolation, a deadlock
 _MYSQL_FULL: Final = frozenset({1021, 1114})  # a disk, a table or its file
 _FULL: Final = "53100"
+_MISSING: Final = frozenset({1146, "42P01"})  # no such table; SQLite has no code for it
 _SQLSTATES: Final = frozenset({"40001", "40P01"})  # serialization failure, deadlock
 
 
@@ -48,6 +51,27 @@ def is_full(error: BaseException) -> bool:
     code, _ = _mysql(error)
     state: Any = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     return code in _MYSQL_FULL or (code is None and state == _FULL)
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether the statement names a table that is not there."""
+    code, _ = _mysql(error)
+    state: Any = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    return code in _MISSING or state in _MISSING or str(error).startswith("no such table: ")
+
+
+@contextmanager
+def advised() -> Iterator[None]:
+    """The driver's error is raised as it is, and where a table is missing with a note (PEP 678) of what makes ours."""
+    try:
+        yield
+    except Exception as error:
+        if is_missing(getattr(error, "orig", None) or error):
+            error.add_note(
+                "Where that is a table of the outbox: `outbox migrate --database URL` makes them, or metadata.create_all(), "
+                "or a revision of Alembic (docs/migrations.md)"
+            )
+        raise
 
 
 def _mysql(error: BaseException) -> tuple[int | None, str]:

@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from outbox import _transactions as transactions
 from outbox._insert import AT_ONCE, insert
 from outbox._message import Message
+from outbox._refusals import advised
 from outbox._rows import Built, Row, Staged, append, attach, drop, on_session, rows_on, settle, staged_on, waiting
 from outbox.errors import TransactionError
 
@@ -145,7 +146,8 @@ def _execute(connection: sa.Connection, rows: list[Row]) -> None:
         try:
             for start in range(0, len(its), AT_ONCE):
                 batch = its[start : start + AT_ONCE]
-                insert(connection, table, [row.parameters for row in batch])
+                with advised():
+                    insert(connection, table, [row.parameters for row in batch])
                 done.update(batch)
                 for callback in inserted:
                     callback(batch)

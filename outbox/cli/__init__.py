@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Final
+from typing import Any, Final
 
 import sqlalchemy as sa
 
@@ -22,10 +22,20 @@ from outbox.errors import OutboxError, StoreUnavailable, TransportError
 VERBS: Final = ("relay", "consume", "status", "trace", "dlq", "cleanup", "migrate", "demo")
 
 
+class _Parser(argparse.ArgumentParser):
+    """What a verb does not know is refused with that verb's usage; argparse shows the whole command's."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        found, rest = super().parse_known_args(*args, **kwargs)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
+
+
 def main(arguments: Sequence[str] | None = None, *, prog: str = "outbox") -> int:
     """Run one command; returns its exit status. Errors of ours are a line on stderr, never a traceback. ``prog``: how the
     user called it."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog, description="Transactional outbox and inbox: send what is committed, once and in order."
     )
     parser.add_argument("--version", action="version", version=f"outbox {__version__}")

@@ -65,7 +65,7 @@ class CleanupStatus:
             )
         rest = ""
         if self.in_default is not None and self.in_default > 0.5:
-            rest = f", but {self.in_default:.0%} of the rows are in the default one, which is never dropped"
+            rest = f", but {self.in_default:.0%} of the rows are in the default one, to be deleted one by one in time"
         return f"the inbox is in partitions up to {self.partitions}{rest}"
 
 
