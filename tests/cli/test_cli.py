@@ -33,7 +33,7 @@ VERBS = tuple(WORDS)
 
 def run(verb: str, *options: str, folder: Path | None = None, **environment: str) -> Done:
     """A verb with the arguments that it cannot do without."""
-    return outbox(*WORDS[verb], *options, folder=folder, **environment)
+    return outbox(*WORDS[verb], *options, folder=folder, patient=verb != "relay", **environment)
 
 
 # ---------------------------------------------------------------- usage

@@ -6,6 +6,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from outbox.backoff import Backoff
+from outbox.consumer.processing import Database
 from tests.consumer.billing import Billing, OrderPlaced, charge, placed, running, until, until_finished
 from tests.consumer.conftest import MARIADB
 
@@ -35,7 +37,10 @@ def fill(billing: Billing, errno: int) -> None:
 
 @pytest.mark.parametrize("errno", [1114, 1021])
 @pytest.mark.parametrize("database_url", ["postgresql", MARIADB], indirect=True)
-async def test_no_attempt_is_spent_while_the_disk_is_full(billing: Billing, errno: int) -> None:
+async def test_no_attempt_is_spent_while_the_disk_is_full(
+    billing: Billing, errno: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Database, "PROBE", Backoff(first=0.05, factor=2.0, most=0.2))
     fill(billing, errno)
     consumer = billing.consumer()
     tries = 0
