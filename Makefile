@@ -61,8 +61,9 @@ install: $(VENV)/.dev ## Make the development environment in .venv
 demo: $(VENV)/.installed ## Watch messages go through an outbox: no broker, no database server
 	@$(BIN)/outbox demo $(ARGS)
 
-# Several processes, each with servers of its own; the tests of a file stay together.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# Several processes, each with servers of its own; the tests of a file stay together. They wait for servers more than they
+# compute: three keep two cores busy.
+PARALLEL := -n 3 --dist loadfile
 
 .PHONY: test
 test: $(VENV)/.dev ## Run all tests, on SQLAlchemy 2.1 and the core's on 2.0; starts the servers they need

@@ -111,7 +111,7 @@ def _on_sqlite(database: Database, patch: pytest.MonkeyPatch, statements: list[S
         last: list[Statement] = []
 
         def trace(text: str) -> None:
-            if re.match(r"\s*(select|insert|update|delete|with)\b", text, re.IGNORECASE):
+            if re.match(r"[\s(]*(select|insert|update|delete|with)\b", text, re.IGNORECASE):
                 last[:] = [Statement(text)]
                 with lock:
                     statements.append(last[0])
@@ -157,7 +157,7 @@ def _on_mysql(database: Database, _: pytest.MonkeyPatch, statements: list[Statem
         connection = connection.execution_options(no_parameters=True)
         for text, examined in log:
             text = text.decode() if isinstance(text, bytes) else text
-            if "outbox_" not in text or not re.match(r"\s*(select|insert|update|delete|with)\b", text, re.IGNORECASE):
+            if "outbox_" not in text or not re.match(r"[\s(]*(select|insert|update|delete|with)\b", text, re.IGNORECASE):
                 continue
             statements.append(Statement(text))
             for row in connection.exec_driver_sql(f"explain format=traditional {text}").mappings():
