@@ -47,6 +47,10 @@ class Statement:
         return f"{' '.join(self.text.split())[:300]}\n    {plan}, work {self.work}"
 
 
+# In brackets, too: MySQL reads around what was removed in several parts.
+READS_OR_WRITES = re.compile(r"[\s(]*(select|insert|update|delete|with)\b", re.IGNORECASE)
+
+
 @contextmanager
 def watched(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Statement]]:
     """The statements that end meanwhile on connections that are made meanwhile, to `watched_url`."""
@@ -111,7 +115,7 @@ def _on_sqlite(database: Database, patch: pytest.MonkeyPatch, statements: list[S
         last: list[Statement] = []
 
         def trace(text: str) -> None:
-            if re.match(r"[\s(]*(select|insert|update|delete|with)\b", text, re.IGNORECASE):
+            if READS_OR_WRITES.match(text):
                 last[:] = [Statement(text)]
                 with lock:
                     statements.append(last[0])
@@ -157,7 +161,7 @@ def _on_mysql(database: Database, _: pytest.MonkeyPatch, statements: list[Statem
         connection = connection.execution_options(no_parameters=True)
         for text, examined in log:
             text = text.decode() if isinstance(text, bytes) else text
-            if "outbox_" not in text or not re.match(r"[\s(]*(select|insert|update|delete|with)\b", text, re.IGNORECASE):
+            if "outbox_" not in text or not READS_OR_WRITES.match(text):
                 continue
             statements.append(Statement(text))
             for row in connection.exec_driver_sql(f"explain format=traditional {text}").mappings():
