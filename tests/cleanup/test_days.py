@@ -37,9 +37,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TODAY = dt.datetime.now(dt.UTC).date()
 
 
-def id_of(days_ago: float) -> uuid.UUID:
-    """Of a message that was made so long ago."""
-    ms = int((dt.datetime.now(dt.UTC) - dt.timedelta(days=days_ago)).timestamp() * 1000)
+def id_of(days_ago: int) -> uuid.UUID:
+    """Of a message that was made at noon of that day."""
+    noon = dt.datetime.combine(TODAY - dt.timedelta(days=days_ago), dt.time(12), dt.UTC)
+    ms = int(noon.timestamp() * 1000)
     return uuid.UUID(int=(ms << 80) | (new_id().int & ((1 << 80) - 1)))
 
 
@@ -139,7 +140,7 @@ def test_a_claim_is_true_once_in_whatever_partition(database: Database) -> None:
 async def test_a_relay_makes_them_too(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("outbox.relay.cleaning.FIRST", 0.01)
     old = day(database, 40)
-    handled(database, 39, id_of(39.9))
+    handled(database, 39, id_of(40))
     async with running(Relay(database.outbox, database=database.url, transport=Scripted(), retention=KEEP)):
         await eventually(lambda: len(parts(database)) == days.AHEAD + 1 and old not in tables(database))
 
@@ -149,8 +150,8 @@ async def test_a_relay_makes_them_too(database: Database, monkeypatch: pytest.Mo
 
 def test_a_day_that_is_over_goes_as_a_whole(database: Database) -> None:
     old, young = day(database, 40), day(database, 20)
-    handled(database, 39, *[id_of(39.9) for _ in range(30)])
-    kept = handled(database, 19, *[id_of(19.9) for _ in range(20)])
+    handled(database, 39, *[id_of(40) for _ in range(30)])
+    kept = handled(database, 19, *[id_of(20) for _ in range(20)])
     foreign = [uuid.uuid4() for _ in range(10)]
     handled(database, 39, *foreign[:7])
     kept += handled(database, 19, *foreign[7:])
@@ -165,7 +166,7 @@ def test_a_day_that_is_over_goes_as_a_whole(database: Database) -> None:
 @pytest.mark.parametrize("why", ["attempt", "letter", "letter of the relay", "unsent", "young"])
 def test_a_day_with_a_row_that_is_needed_stays_and_loses_its_other_rows_later(database: Database, why: str) -> None:
     old = day(database, 40)
-    (needed, *others) = [id_of(39.9) for _ in range(5)]
+    (needed, *others) = [id_of(40) for _ in range(5)]
     handled(database, 39 if why != "young" else 3, needed)
     handled(database, 39, *others)
     match why:
@@ -198,8 +199,8 @@ def test_a_day_is_not_deleted_from_shortly_before_it_is_dropped(database: Databa
 def test_a_row_that_comes_between_the_look_and_the_lock_keeps_its_day(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, late = day(database, 40), id_of(39.9)
-    handled(database, 39, id_of(39.9))
+    old, late = day(database, 40), id_of(40)
+    handled(database, 39, id_of(40))
     look = days.Days._look
 
     def looked(self: days.Days, one: Partition, connection: sa.Connection) -> int:
@@ -221,8 +222,8 @@ def test_a_handler_that_is_at_it_keeps_its_day_and_nobody_waits(
 ) -> None:
     """The row is not committed yet: the lock is not had, and cleanup goes on with something else."""
     monkeypatch.setattr(days, "WORK", "0")  # only the wait for the lock has an end
-    old, late = day(database, 40), id_of(39.9)
-    handled(database, 39, id_of(39.9))
+    old, late = day(database, 40), id_of(40)
+    handled(database, 39, id_of(40))
     foreign = uuid.uuid4()
     handled(database, 39, foreign)
     with database.engine.connect() as handler:
@@ -238,7 +239,7 @@ def test_a_handler_that_is_at_it_keeps_its_day_and_nobody_waits(
 
 def test_a_clock_that_has_jumped_drops_and_makes_nothing(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     old = day(database, 20)
-    handled(database, 19, id_of(19.9))
+    handled(database, 19, id_of(20))
     monkeypatch.setattr("outbox.cleanup.sweep.clock", lambda seconds=0.0: clock(seconds + 30 * DAY))
     with pytest.raises(OutboxError, match="clock"):
         cleanup(database).run()
@@ -247,7 +248,7 @@ def test_a_clock_that_has_jumped_drops_and_makes_nothing(database: Database, mon
 
 def test_retention_for_ever_drops_nothing_and_makes_days(database: Database) -> None:
     old = day(database, 400)
-    handled(database, 399, id_of(399.9))
+    handled(database, 399, id_of(400))
     assert cleanup(database, Retention.forever()).run().removed == {}
     assert old in parts(database)
     assert len(parts(database)) == days.AHEAD + 2
@@ -278,7 +279,7 @@ Cleanup(Outbox(), database=sys.argv[1]).run(archive=sys.argv[2])
 @pytest.mark.parametrize("at", ["detach", "drop", "write"])
 def test_killed_anywhere_each_row_is_in_the_file_before_it_is_gone(database: Database, tmp_path: Path, at: str) -> None:
     old, file = day(database, 40), tmp_path / "archive.jsonl"
-    rows = handled(database, 39, *[id_of(39.9) for _ in range(2500)])
+    rows = handled(database, 39, *[id_of(40) for _ in range(2500)])
     command = [sys.executable, "-c", KILLED, database.url, str(file), at]
     killed = subprocess.run(command, cwd=REPOSITORY, timeout=60, check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -327,7 +328,7 @@ def limited(on_postgresql: Database) -> Iterator[sa.Engine]:
 
 def test_who_does_not_own_the_tables_is_told_and_deletes_row_by_row(limited: sa.Engine, database: Database) -> None:
     old = day(database, 40)
-    handled(database, 39, id_of(39.9))
+    handled(database, 39, id_of(40))
     done = Cleanup(database.outbox, database=limited, retention=KEEP).run()
     assert done.removed == {"inbox": 1}
     (note,) = done.notes
@@ -527,7 +528,7 @@ def test_other_databases_say_that_they_have_none(on_sqlite: Database) -> None:
 def test_two_cleanups_at_once_do_it_once(database: Database, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
     """The other has done all of it while this one was about to."""
     old = day(database, 40)
-    handled(database, 39, *[id_of(39.9) for _ in range(3)])
+    handled(database, 39, *[id_of(40) for _ in range(3)])
     chore = getattr(days.Days, before)
     others: list[int] = []
 
