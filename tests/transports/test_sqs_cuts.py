@@ -1,0 +1,133 @@
+"""The SQS transport while its connections are cut, at random bytes and at the service's word on its way back: what goes in
+and what comes out is counted. 15 cuts a test, 200 with OUTBOX_TEST_LONG=1."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from outbox.errors import Unavailable
+from outbox.testing.conformance import ids, numbered
+from outbox.transport import Delivery, Subscription, Transport
+from tests.services import Server
+from tests.transports.cuts import Cuts, Direction, Plan, cutting
+from tests.transports.rabbitmq_tools import read
+from tests.transports.relaying import Sending, first_deliveries, in_order
+from tests.transports.sqs_tools import Open, endpoint, read_all
+
+CUTS = 200 if os.environ.get("OUTBOX_TEST_LONG") else 15
+KEYS = 50
+
+FIFO = pytest.mark.parametrize("fifo", ["no", "yes"])
+
+
+def anywhere(source: random.Random) -> tuple[Direction, int | bytes]:
+    return source.choice(["up", "down"]), source.randint(1, source.choice([600, 8000, 40_000]))
+
+
+def among_deliveries(source: random.Random) -> tuple[Direction, int | bytes]:
+    """A consumer says less and hears more."""
+    direction: Direction = source.choice(["up", "down"])
+    return direction, source.randint(1, source.choice([600, 4000] if direction == "up" else [600, 20_000]))
+
+
+def at_an_answer(_: random.Random) -> tuple[Direction, int | bytes]:
+    """It is stored, or deleted, and nobody hears of it."""
+    return "down", b'"Successful"'
+
+
+@asynccontextmanager
+async def through_cuts(server: Server, plan: Plan, *, seed: int, cuts: int) -> AsyncIterator[tuple[Cuts, str]]:
+    """The cuts, and the transport's URL through them."""
+    where = endpoint(server.url)
+    async with cutting(where, plan, seed=seed, cuts=cuts) as found:
+        yield found, server.url.replace(where, found.url.replace("@", ""))
+
+
+@pytest.mark.timeout(900)
+@FIFO
+@pytest.mark.parametrize("plan", [anywhere, at_an_answer], ids=lambda plan: plan.__name__)
+async def test_publishing_through_cuts_loses_nothing_and_a_fifo_queue_has_all_once_in_order(
+    queues: Open, elasticmq: Server, topic_name: str, plan: Plan, fifo: str
+) -> None:
+    subscription = await queues(elasticmq, fifo=fifo).subscribe([topic_name], "billing", window=1000)
+    count = unavailable = 0
+    sent: set[str] = set()
+    found: list[Delivery] = []
+    async with through_cuts(elasticmq, plan, seed=7, cuts=CUTS) as (cuts, url):
+        transport = queues(url, fifo=fifo, delivery_timeout_ms=5000)
+        while cuts.done < CUTS or count < 500:
+            sending = Sending(transport, numbered(topic_name, 250, keys=KEYS, first=count), batch=KEYS, calls=1)
+            await sending.run(within=600)
+            count += 250
+            sent |= {m.id for m in sending.sent}
+            unavailable += len(sending.unavailable)
+            await _read_up_to(subscription, found, count)
+        await transport.close()
+    found += await read_all(subscription)
+    stored = Counter(ids(found))
+    print(
+        f"{cuts.done} cuts, {count} in, {len(stored)} out, {len(found) - len(stored)} twice, {unavailable} unavailable"
+    )
+    assert unavailable
+    assert stored.keys() == sent
+    assert len(sent) == count
+    if fifo == "yes":
+        assert first_deliveries(found) == in_order(count, KEYS)
+        assert len(found) == count
+
+
+@pytest.mark.timeout(900)
+@FIFO
+@pytest.mark.parametrize("plan", [among_deliveries, at_an_answer], ids=lambda plan: plan.__name__)
+async def test_consuming_through_cuts_skips_nothing_and_turns_no_key_of_a_fifo_queue_around(
+    queues: Open, elasticmq: Server, topic_name: str, plan: Plan, fifo: str
+) -> None:
+    direct = queues(elasticmq, fifo=fifo)
+    await (await direct.subscribe([topic_name], "billing", window=1)).close()
+    count = lost = 0
+    found: list[Delivery] = []
+    async with through_cuts(elasticmq, plan, seed=11, cuts=CUTS) as (cuts, url):
+        transport = queues(url, fifo=fifo, requests=4)
+        subscription = await _joined(transport, topic_name)
+        while cuts.done < CUTS or len(set(ids(found))) < count or not count:
+            if len(set(ids(found))) == count:
+                await Sending(direct, numbered(topic_name, 200, keys=KEYS, first=count), batch=KEYS, calls=1).run()
+                count += 200
+            try:
+                batch = await subscription.fetch(40, 1.0)
+            except Unavailable:
+                lost += 1
+                continue
+            found += batch
+            await subscription.ack(batch)
+        await subscription.close()
+    last = await direct.subscribe([topic_name], "billing", window=1000)
+    found += await read_all(last)
+    again = Counter(ids(found))
+    print(f"{cuts.done} cuts, {count} in, {len(again)} out, {len(found) - len(again)} twice, {lost} times unavailable")
+    assert len(again) == count
+    if fifo == "yes":
+        assert first_deliveries(found) == in_order(count, KEYS)
+    redelivered = {id for id, times in again.items() if times > 1}
+    latest = {id: delivery for delivery, id in zip(found, ids(found), strict=True)}
+    assert all(latest[id].suspect for id in redelivered)
+
+
+async def _joined(transport: Transport, topic: str) -> Subscription:
+    while True:
+        try:
+            return await transport.subscribe([topic], "billing", window=60)
+        except Unavailable:
+            continue
+
+
+async def _read_up_to(subscription: Subscription, found: list[Delivery], count: int) -> None:
+    """Until ``found`` has that many different messages."""
+    known = set(ids(found))
+    found += await read(subscription, lambda more: len(known | set(ids(more))) >= count)
