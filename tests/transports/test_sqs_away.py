@@ -163,7 +163,7 @@ def _at(where: str) -> str:
     return "sqs://key:s3cret@us-east-1/?endpoint_url=" + where.replace("amqp://", "http://")
 
 
-def _answers(status: int, body: dict[str, object]) -> Callable[..., object]:
+def _answers(status: int, body: dict[str, str]) -> Callable[..., object]:
     """A service that always says the same, as Amazon's does in its JSON protocol."""
     text = json.dumps(body).encode()
     head = f"HTTP/1.1 {status} x\r\nContent-Type: application/x-amz-json-1.0\r\nContent-Length: {len(text)}\r\n\r\n"
