@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from outbox.stores.engine import sync_engine_for
-from tests.services import KAFKA, MARIADB, POSTGRESQL, RABBITMQ, Options
+from tests.services import ELASTICMQ, KAFKA, MARIADB, POSTGRESQL, RABBITMQ, Options
 
 PRODUCTION = Options(like_production=True)
 
@@ -52,6 +52,16 @@ def kafka() -> Iterator[str]:
 def rabbitmq() -> Iterator[str]:
     """The URL of a broker, ``amqp://user:password@host:port``."""
     server = RABBITMQ.obtain(PRODUCTION)
+    try:
+        yield server.url
+    finally:
+        server.close()
+
+
+@contextmanager
+def sqs() -> Iterator[str]:
+    """The URL of ElasticMQ, ``sqs://key:secret@region/?endpoint_url=…``."""
+    server = ELASTICMQ.obtain(PRODUCTION)
     try:
         yield server.url
     finally:

@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from benchmarks import bare_kafka, bare_rabbitmq
+from benchmarks import bare_kafka, bare_rabbitmq, bare_sqs
 from benchmarks.figures import Report
-from benchmarks.servers import kafka, local, memory, rabbitmq
+from benchmarks.servers import kafka, local, memory, rabbitmq, sqs
 from outbox._message import bucket_of, new_id
 from outbox._outgoing import Outgoing
 from outbox.transport import SENT, Transport
@@ -57,6 +57,7 @@ SUBJECTS = (
         calls=4,
     ),
     Subject("rabbitmq", rabbitmq, 60_000, "pika", bare_rabbitmq.publish, bare_rabbitmq.consume),
+    Subject("sqs", sqs, 10_000, "aiobotocore", bare_sqs.publish, bare_sqs.consume),
     Subject("local", local, 100_000),
     Subject("memory", memory, 300_000, batch=2000),
 )

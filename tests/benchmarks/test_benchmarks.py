@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.timeout(900)
 def test_each_benchmark_prints_one_json_object_a_figure(
-    postgresql: object, mariadb: object, kafka: object, rabbitmq: object
+    postgresql: object, mariadb: object, kafka: object, rabbitmq: object, elasticmq: object
 ) -> None:
     # the fixtures only make sure that the servers can be had; the benchmark starts its own, with fsync
     names = ("add", "relay", "stores", "cleanup", "transports")
@@ -56,7 +56,7 @@ def test_each_benchmark_prints_one_json_object_a_figure(
         "stores.postgresql.cleanup.rows1000000",
         *(
             f"transports.{one}.{what}"
-            for one in ("kafka", "rabbitmq", "local", "memory")
+            for one in ("kafka", "rabbitmq", "sqs", "local", "memory")
             for what in ("publish", "consume")
         ),
     } <= figures.keys()

@@ -103,8 +103,9 @@ class Elasticmq(_Sqs):
         folder = new_folder(self.name, detached=options.detached)
         port = free_port()
         (folder / "emq.conf").write_text(CONFIGURATION.format(host="127.0.0.1", port=port, bind="127.0.0.1"))
+        quick = [] if options.like_production else ["-XX:TieredStopAtLevel=1"]
         command = [
-            *(java(JAVA), "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"),
+            *(java(JAVA), "-Xmx256m", "-XX:+UseSerialGC", *quick, "-Xshare:auto"),
             *("-Dconfig.file=emq.conf", "-cp", classpath, "org.elasticmq.server.Main"),
         ]
         return _url(port), LocalProcess(command, folder, discard_by_kill=True, detached=options.detached)

@@ -76,16 +76,20 @@ async def test_a_queue_that_is_deleted_under_way_stops_only_its_topic(
     transport = queues(elasticmq, refresh_ms=600_000)
     doomed, well = f"{topic_name}-doomed", f"{topic_name}-well"
     reader = queues(elasticmq)
-    for topic in (doomed, well):
-        await (await reader.subscribe([topic], "billing", window=1)).close()
+    for topic, group in ((doomed, "billing"), (doomed, "mail"), (well, "billing")):
+        await (await reader.subscribe([topic], group, window=1)).close()
     batch = [m for at in range(20) for m in (message(doomed, f"k{at}"), message(well, f"k{at}"))]
     assert {outcome.kind for outcome in await transport.publish(batch)} == {"sent"}
     client = await transport._client.get()  # type: ignore[attr-defined]
-    url = (await client.get_queue_url(QueueName=f"{doomed}__billing"))["QueueUrl"]
-    await client.delete_queue(QueueUrl=url)
-    for _ in range(2):  # the second time it is known
+    for group, then in (("billing", ("sent", "transport")), ("mail", ("unavailable", "topic"))):
+        url = (await client.get_queue_url(QueueName=f"{doomed}__{group}"))["QueueUrl"]
+        await client.delete_queue(QueueUrl=url)
         outcomes = await transport.publish(batch)
         assert [(o.kind, o.scope) for o in outcomes] == [("unavailable", "topic"), ("sent", "transport")] * 20
+        assert f"queue '{doomed}__{group}' cannot be written to: there is no such queue" in outcomes[0].reason
+        # now that it is known, those are asked that are left
+        outcomes = await transport.publish(batch)
+        assert [(o.kind, o.scope) for o in outcomes] == [then, ("sent", "transport")] * 20
     await (await reader.subscribe([doomed], "billing", window=1)).close()
     assert {outcome.kind for outcome in await transport.publish(batch)} == {"sent"}
 
