@@ -87,7 +87,8 @@ async def consume(url: str, topic: str, rows: int) -> float:
                 found = answer.get("Messages", ())
                 if found:
                     entries = [{"Id": str(at), "ReceiptHandle": one["ReceiptHandle"]} for at, one in enumerate(found)]
-                    count += len((await client.delete_message_batch(QueueUrl=queue, Entries=entries))["Successful"])
+                    answer = await client.delete_message_batch(QueueUrl=queue, Entries=entries)
+                    count += len(answer["Successful"])  # read after the await: others count as well
                     if count >= rows:
                         done.set()
 
