@@ -22,6 +22,7 @@ ENCODING: Final = "outbox-encoding"
 HEADERS: Final = "outbox-headers"
 ATTRIBUTES: Final = 10
 EMPTY_BODY: Final = "."
+LONGEST_ID: Final = 128  # characters of a deduplication id
 
 _NO_TEXT: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _NAME: Final = re.compile(
@@ -47,7 +48,7 @@ def entry_of(message: Outgoing, *, fifo: bool) -> tuple[Entry, int]:
     if fifo:
         cycle = headers.get(wire.CYCLE, "0")
         entry["MessageGroupId"] = message.id if message.key is None else group_id(message.key)
-        entry["MessageDeduplicationId"] = message.id if cycle == "0" else f"{message.id}-{cycle[:9]}"
+        entry["MessageDeduplicationId"] = message.id if cycle == "0" else f"{message.id}-{cycle}"[:LONGEST_ID]
     return entry, size
 
 

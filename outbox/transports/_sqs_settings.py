@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Final
@@ -54,8 +55,8 @@ class Settings:
     """How long a publish may take until its messages count as not sent, whatever the cause."""
     visibility_timeout: float = 30.0
     """After which the messages of a member that died come again."""
-    wait: float = 10.0
-    """How long one request waits for messages."""
+    wait: int = 5
+    """How long one request waits for messages, and so at most a close for the last of them."""
     refresh: float = 5.0
     """How old what is known of a topic's queues may be."""
     requests: int = 16
@@ -134,7 +135,7 @@ def settings(url: Url) -> Settings:
         declare=url.parameter("declare", True, yes_or_no),
         delivery_timeout=url.parameter("delivery_timeout_ms", 10_000, a_count(100, 3_600_000)) / 1000,
         visibility_timeout=url.parameter("visibility_timeout_ms", 30_000, a_count(2_000, 43_200_000)) / 1000,
-        wait=url.parameter("wait_ms", 10_000, a_count(0, 20_000)) / 1000,
+        wait=math.ceil(url.parameter("wait_ms", 5_000, a_count(0, 20_000)) / 1000),
         refresh=url.parameter("refresh_ms", 5_000, a_count(0, 600_000)) / 1000,
         requests=url.parameter("requests", 16, a_count(1, 256)),
         max_message_bytes=url.parameter("max_message_bytes", DEFAULT_MAX_MESSAGE, a_count(1024, DEFAULT_MAX_MESSAGE)),

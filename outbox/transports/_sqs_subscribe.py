@@ -26,7 +26,8 @@ logger = logging.getLogger("outbox.transports")
 AT_ONCE: Final = 10  # messages of one request
 LONGEST_DELAY: Final = 43_200  # seconds; of a message's invisibility
 AGAIN: Final = Backoff(first=0.2, factor=2.0, most=5.0)
-CLOSE: Final = 2.0  # seconds that a close waits for polls, of which an answer that is not heard would hide its messages
+SHORT: Final = 0.2  # seconds after a poll that found nothing and did not wait
+LATE: Final = 2.0  # seconds that a close waits for polls longer than they take: an answer unheard hides its messages
 
 
 @dataclass(eq=False, slots=True)
@@ -167,8 +168,11 @@ class SqsSubscription:
                 self._awake.set()
             if len(messages) == count and len(feed.polls) < self._settings.requests:
                 self._poll(feed)
-            elif not messages and self._is_too_many(feed):
-                return
+            elif not messages:
+                if self._is_too_many(feed):
+                    return
+                if not self._settings.wait:
+                    await asyncio.sleep(SHORT)
 
     def _is_too_many(self, feed: Feed) -> bool:
         """Whether the poll that asks may end; if so, it counts no longer."""
@@ -190,7 +194,7 @@ class SqsSubscription:
         answer = await client.receive_message(
             QueueUrl=feed.queue.url,
             MaxNumberOfMessages=count,
-            WaitTimeSeconds=round(self._settings.wait),
+            WaitTimeSeconds=self._settings.wait,
             VisibilityTimeout=self._invisible,
             AttributeNames=["All"],
             MessageAttributeNames=["All"],
@@ -337,7 +341,7 @@ class SqsSubscription:
         self._room.set()
         polls = [poll for feed in self._feeds for poll in feed.polls]
         if polls:
-            await asyncio.wait(polls, timeout=CLOSE)
+            await asyncio.wait(polls, timeout=self._settings.wait + LATE)
         await self._end()
         for feed in self._feeds:
             held = [*feed.waiting, *feed.out]
@@ -355,7 +359,7 @@ class SqsSubscription:
         for task in work:
             task.cancel()
         if work:
-            await asyncio.wait(work, timeout=CLOSE)
+            await asyncio.wait(work, timeout=LATE)
 
 
 def _token(delivery: Delivery) -> Held:

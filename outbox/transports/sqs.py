@@ -17,8 +17,8 @@ URL parameters: ``endpoint_url`` (http://host:port, another server than Amazon's
 ``fifo`` (no), ``queue`` ({topic}__{group}), ``dead_letters`` ({queue}-dlq), ``groups`` (a,b: those of every topic, where
 queues may not be listed), ``declare`` (yes: missing queues are made), ``max_message_bytes`` (1048576, or what the queue says
 if less), ``delivery_timeout_ms`` (10000: after that a publish counts as not sent), ``visibility_timeout_ms`` (30000),
-``wait_ms`` (10000, of one request for messages), ``refresh_ms`` (5000), ``requests`` (16, at the same time). An access key
-and its secret may stand before the region: ``sqs://key:secret@eu-central-1``.
+``wait_ms`` (5000, of one request for messages, in whole seconds), ``refresh_ms`` (5000), ``requests`` (16, at the same
+time). An access key and its secret may stand before the region: ``sqs://key:secret@eu-central-1``.
 """
 
 from __future__ import annotations

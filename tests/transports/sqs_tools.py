@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import pytest
+
 from outbox.transport import Delivery, Subscription, Transport
 
 QUICK = {"refresh_ms": 300, "visibility_timeout_ms": 2000, "wait_ms": 1000}
+
+LONG = bool(os.environ.get("OUTBOX_TEST_LONG"))
+# Of what is slow, every run has the kind of queue that promises more; the conformance suite has both.
+STANDARD_OR_FIFO = pytest.mark.parametrize("fifo", ["no", "yes"] if LONG else ["yes"])
 
 Open = Callable[..., Transport]
 

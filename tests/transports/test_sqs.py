@@ -20,7 +20,7 @@ from outbox.transports._sqs_publish import Publisher
 from outbox.transports._sqs_queues import Queue, Queues
 from outbox.transports._sqs_settings import Settings
 from tests.services import Server
-from tests.transports.relaying import first_deliveries, in_order
+from tests.transports.relaying import Sending, first_deliveries, in_order
 from tests.transports.sqs_tools import Open, read_all
 
 # ---------------------------------------------------------------- what fits
@@ -199,6 +199,22 @@ async def test_what_waits_behind_a_slow_handler_is_bounded_by_the_window(
     assert feed.held <= 25
     other = await queues(elasticmq).subscribe([topic_name], "billing", window=500)
     assert len(await read_all(other)) >= 175
+
+
+async def test_what_a_poll_brings_while_it_is_closed_is_another_member_s_at_once(
+    queues: Open, elasticmq: Server, topic_name: str
+) -> None:
+    """An answer that nobody waits for would hide its messages for as long as if somebody worked on them."""
+    transport = queues(elasticmq, wait_ms=10_000, visibility_timeout_ms=600_000)
+    leaving = await transport.subscribe([topic_name], "billing", window=10)
+    assert await leaving.fetch(1, 0.5) == []
+    closing = asyncio.create_task(leaving.close())
+    await asyncio.wait([closing], timeout=2.5)
+    assert not closing.done()
+    await Sending(queues(elasticmq), [message(topic_name, "k")]).run()
+    await closing
+    (found,) = await read_all(await transport.subscribe([topic_name], "billing", window=10), 1)
+    assert found.payload is not None
 
 
 async def test_a_rejected_message_is_among_the_dead_letters_with_all_it_had(

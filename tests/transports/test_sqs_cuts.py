@@ -1,9 +1,8 @@
 """The SQS transport while its connections are cut, at random bytes and at the service's word on its way back: what goes in
-and what comes out is counted. 15 cuts a test, 200 with OUTBOX_TEST_LONG=1."""
+and what comes out is counted. 5 cuts a test, 200 with OUTBOX_TEST_LONG=1."""
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -18,12 +17,10 @@ from tests.services import Server
 from tests.transports.cuts import Cuts, Direction, Plan, cutting
 from tests.transports.rabbitmq_tools import read
 from tests.transports.relaying import Sending, first_deliveries, in_order
-from tests.transports.sqs_tools import Open, endpoint, read_all
+from tests.transports.sqs_tools import LONG, STANDARD_OR_FIFO, Open, endpoint, read_all
 
-CUTS = 200 if os.environ.get("OUTBOX_TEST_LONG") else 15
+CUTS = 200 if LONG else 5
 KEYS = 50
-
-FIFO = pytest.mark.parametrize("fifo", ["no", "yes"])
 
 
 def anywhere(source: random.Random) -> tuple[Direction, int | bytes]:
@@ -50,7 +47,7 @@ async def through_cuts(server: Server, plan: Plan, *, seed: int, cuts: int) -> A
 
 
 @pytest.mark.timeout(900)
-@FIFO
+@STANDARD_OR_FIFO
 @pytest.mark.parametrize("plan", [anywhere, at_an_answer], ids=lambda plan: plan.__name__)
 async def test_publishing_through_cuts_loses_nothing_and_a_fifo_queue_has_all_once_in_order(
     queues: Open, elasticmq: Server, topic_name: str, plan: Plan, fifo: str
@@ -83,7 +80,7 @@ async def test_publishing_through_cuts_loses_nothing_and_a_fifo_queue_has_all_on
 
 
 @pytest.mark.timeout(900)
-@FIFO
+@STANDARD_OR_FIFO
 @pytest.mark.parametrize("plan", [among_deliveries, at_an_answer], ids=lambda plan: plan.__name__)
 async def test_consuming_through_cuts_skips_nothing_and_turns_no_key_of_a_fifo_queue_around(
     queues: Open, elasticmq: Server, topic_name: str, plan: Plan, fifo: str

@@ -77,6 +77,8 @@ def test_a_message_that_is_replayed_is_no_duplicate_to_a_fifo_queue() -> None:
     again = message("orders", "k", headers={wire.CYCLE: "2"})
     assert entry_of(sent, fifo=True)[0]["MessageDeduplicationId"] == sent.id
     assert entry_of(again, fifo=True)[0]["MessageDeduplicationId"] == f"{again.id}-2"
+    late = [message("orders", "k", headers={wire.CYCLE: str(10**12 + last)}) for last in (1, 2)]
+    assert [entry_of(m, fifo=True)[0]["MessageDeduplicationId"][-1] for m in late] == ["1", "2"]
     assert "MessageDeduplicationId" not in entry_of(sent, fifo=False)[0]
 
 

@@ -84,3 +84,9 @@ def test_what_does_not_fit_together_is_told(url: str, said: str) -> None:
 
 def test_a_secret_is_not_shown() -> None:
     assert "s3cret" not in repr(of("sqs://key:s3cret@eu-central-1"))
+
+
+@pytest.mark.parametrize(("milliseconds", "seconds"), [(0, 0), (1, 1), (300, 1), (1000, 1), (1001, 2), (20_000, 20)])
+def test_a_poll_waits_for_whole_seconds(milliseconds: int, seconds: int) -> None:
+    """Less than half a second was none, and the service was asked as often as it could answer."""
+    assert of(f"sqs://eu-central-1/?wait_ms={milliseconds}").wait == seconds
