@@ -110,12 +110,11 @@ class Kafka(Service[Server]):
         virtual_machine = [runtime, *_heap(options).split(), "-XX:+UseSerialGC"]
         quick_start = ["-XX:TieredStopAtLevel=1", "-Xshare:auto"]
         logging_to = ["-Dlog4j2.configurationFile=log4j2.properties", "-cp", classpath]
-        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         run_as(
             None,
             [
                 *(*virtual_machine, *quick_start, *logging_to),
-                *("kafka.tools.StorageTool", "format", "-t", cluster, "-c", "server.properties"),
+                *("kafka.tools.StorageTool", "format", "-t", cluster_id(), "-c", "server.properties"),
             ],
             cwd=folder,
         )
@@ -129,6 +128,11 @@ class Kafka(Service[Server]):
             detached=options.detached,
         )
         return f"kafka://127.0.0.1:{port}", control
+
+
+def cluster_id() -> str:
+    """A new one. None that begins with a hyphen, which Kafka's command takes for an option of its own."""
+    return base64.urlsafe_b64encode(b"\0" + uuid.uuid4().bytes[1:]).decode().rstrip("=")
 
 
 def _heap(options: Options) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import subprocess
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.services.install import jars, java
-from tests.services.kafka import JAVA, LOG4J, POM, SETTINGS, VERSION
+from tests.services.kafka import JAVA, LOG4J, POM, SETTINGS, VERSION, cluster_id
 from tests.services.process import LocalProcess, can_connect, free_port, new_folder, run_as
 from tests.services.service import StartFailed
 from tests.services.waiting import wait_until
@@ -83,8 +81,7 @@ def start() -> SecuredKafka:
     (folder / "log4j2.properties").write_text(LOG4J)
     machine = [runtime, "-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
     machine += ["-Dlog4j2.configurationFile=log4j2.properties", "-cp", classpath]
-    cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-    format_command = ["kafka.tools.StorageTool", "format", "-t", cluster, "-c", "server.properties"]
+    format_command = ["kafka.tools.StorageTool", "format", "-t", cluster_id(), "-c", "server.properties"]
     run_as(None, [*machine, *format_command, "--add-scram", "SCRAM-SHA-512=[name=app,password=pw]"], cwd=folder)
     control = LocalProcess([*machine, "kafka.Kafka", "server.properties"], folder, discard_by_kill=True)
     control.start()
