@@ -27,7 +27,8 @@ async def test_a_service_that_freezes_under_way_loses_and_turns_around_nothing(
 ) -> None:
     """What was stored though its answer came too late is sent again: twice in a standard queue, once in a FIFO queue."""
     transport = queues(killable_sqs, fifo=fifo, delivery_timeout_ms=1000)
-    subscription = await queues(killable_sqs, fifo=fifo).subscribe([topic_name], "billing", window=1000)
+    reader = queues(killable_sqs, fifo=fifo, visibility_timeout_ms=60_000)  # longer than it is frozen
+    subscription = await reader.subscribe([topic_name], "billing", window=1000)
     count, keys = 1000, 100
     sending = Sending(transport, numbered(topic_name, count, keys=keys), batch=50, calls=2)
     running = asyncio.create_task(sending.run(within=60))
