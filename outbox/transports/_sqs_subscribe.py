@@ -172,7 +172,8 @@ class SqsSubscription:
                 if self._is_too_many(feed):
                     return
                 if not self._settings.wait:
-                    await asyncio.sleep(SHORT)
+                    self._room.clear()
+                    await wait(self._room, SHORT)
 
     def _is_too_many(self, feed: Feed) -> bool:
         """Whether the poll that asks may end; if so, it counts no longer."""

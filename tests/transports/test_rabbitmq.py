@@ -211,6 +211,7 @@ async def test_members_that_come_and_go_share_the_partitions_and_turn_no_key_aro
     await churn.finish([1, 2])
     assert len(set(ids(churn.found))) == churn.count
     assert first_deliveries(churn.found) == in_order(churn.count, 40)
+    assert len(churn.found) == churn.count, "something came twice though all was finished"
 
 
 async def test_messages_without_a_key_get_through_partitions_too(rabbits: Open, rabbitmq_url: str, name: str) -> None:
