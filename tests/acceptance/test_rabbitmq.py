@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from outbox import Consumer, Outbox
 from outbox_migrations import migrate
 from tests.cli.command import outbox as command
-from tests.transports.rabbitmq_tools import until
+from tests.transports.tools import until
 
 KEYS = 25
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from outbox.errors import Unavailable
 from outbox.testing.conformance import numbered
 from outbox.transport import Delivery, Transport
-from tests.transports.kafka_tools import until
 from tests.transports.relaying import Sending
+from tests.transports.tools import until
 
 
 class Churn:

@@ -1,9 +1,8 @@
-"""Reading, waiting and administration for the tests against a real Kafka."""
+"""Reading and administration for the tests against a real Kafka."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import Callable
 
@@ -12,42 +11,11 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.structs import TopicPartition
 
-from outbox.errors import Unavailable
-from outbox.transport import Delivery, Subscription, Transport
+from outbox.transport import Delivery, Transport
 from outbox.transports.kafka import KafkaTransport
+from tests.transports.tools import read
 
 Open = Callable[..., KafkaTransport]
-
-
-async def read(
-    subscription: Subscription, enough: Callable[[list[Delivery]], bool], within: float = 40
-) -> list[Delivery]:
-    """Fetch and acknowledge until there is enough."""
-    found: list[Delivery] = []
-    deadline = time.monotonic() + within
-    while not enough(found):
-        assert time.monotonic() < deadline, f"{len(found)} messages came in {within} s"
-        try:
-            batch = await subscription.fetch(500, 0.5)
-        except Unavailable:
-            continue
-        await subscription.ack(batch)
-        found += batch
-    return found
-
-
-async def read_for_ever(subscription: Subscription, found: list[Delivery]) -> None:
-    while True:
-        batch = await subscription.fetch(500, 0.5)
-        await subscription.ack(batch)
-        found += batch
-
-
-async def until(condition: Callable[[], bool], within: float = 30) -> None:
-    deadline = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < deadline, "what should have happened has not"
-        await asyncio.sleep(0.001)
 
 
 async def read_all(transport: Transport, topic: str) -> list[Delivery]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from outbox._outgoing import Outgoing
-from outbox.testing.conformance import ids
+from outbox.testing.conformance import ids, numbered
 from outbox.transport import Delivery, Outcome, Transport
+from tests.services import Server
+from tests.transports.tools import until
 
 
 class Sending:
@@ -64,6 +66,43 @@ class Sending:
             (wave if first else rest).append(message)
             keys.add(message.key)
         return wave, rest
+
+
+class Rounds:
+    """Rounds of messages whose numbers go on. ``sent``: their ids; ``unavailable``: how often one was not sent at first."""
+
+    def __init__(self, transport: Transport, topic: str, *, keys: int) -> None:
+        self.transport, self.topic, self.keys = transport, topic, keys
+        self.count = self.unavailable = 0
+        self.sent: set[str] = set()
+
+    async def send(self, count: int) -> None:
+        """So many more, of a key one at a time."""
+        messages = numbered(self.topic, count, keys=self.keys, first=self.count)
+        sending = Sending(self.transport, messages, batch=self.keys, calls=1)
+        await sending.run(within=600)
+        self.count += count
+        self.sent |= {m.id for m in sending.sent}
+        self.unavailable += len(sending.unavailable)
+
+    def came(self, found: Sequence[Delivery]) -> Counter[str]:
+        """How often each one came; fails where one is missing, or is none of these."""
+        times = Counter(ids(found))
+        assert len(self.sent) == self.count
+        assert times.keys() == self.sent
+        return times
+
+
+async def send_through_an_outage(sending: Sending, server: Server, how: str) -> None:
+    """Have the server go, by the method ``how``, when a quarter is sent, and come back when that was noticed."""
+    quarter = len(sending.left) // 4
+    running = asyncio.create_task(sending.run(within=90))
+    await until(lambda: len(sending.sent) >= quarter)
+    await asyncio.to_thread(getattr(server, how))
+    await until(lambda: bool(sending.unavailable))
+    assert not running.done()
+    await asyncio.to_thread(server.resume if how == "pause" else server.restart)
+    await running
 
 
 def first_deliveries(found: Iterable[Delivery]) -> dict[bytes | None, list[int]]:

@@ -10,14 +10,9 @@ from aiokafka import AIOKafkaProducer
 from outbox import wire
 from outbox.errors import ConfigurationError
 from outbox.testing.conformance import message, numbered
-from tests.transports.kafka_tools import (
-    Open,
-    gone,
-    read,
-    read_all,
-    with_admin,
-)
+from tests.transports.kafka_tools import Open, gone, read_all, with_admin
 from tests.transports.relaying import Sending, first_deliveries, in_order
+from tests.transports.tools import read
 
 
 async def test_a_key_goes_where_the_java_client_puts_it(opened: Open, kafka_url: str, name: str) -> None:

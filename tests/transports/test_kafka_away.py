@@ -12,14 +12,9 @@ from outbox._outgoing import Outgoing
 from outbox.errors import Unavailable
 from outbox.testing.conformance import ids, message, numbered
 from tests.services import Server
-from tests.transports.kafka_tools import (
-    Open,
-    read,
-    read_all,
-    read_for_ever,
-    until,
-)
-from tests.transports.relaying import Sending, first_deliveries, in_order
+from tests.transports.kafka_tools import Open, read_all
+from tests.transports.relaying import Sending, first_deliveries, in_order, send_through_an_outage
+from tests.transports.tools import read, read_for_ever
 
 
 async def test_connecting_to_nobody_names_the_host(opened: Open) -> None:
@@ -60,13 +55,7 @@ async def test_a_broker_that_is_killed_under_way_loses_and_turns_around_nothing(
     await transport.declare([name], partitions=4)
     count = 8000
     sending = Sending(transport, numbered(name, count))
-    running = asyncio.create_task(sending.run(within=60))
-    await until(lambda: len(sending.sent) >= count // 4)
-    await asyncio.to_thread(killable_kafka.kill)
-    await until(lambda: bool(sending.unavailable))
-    assert not running.done()
-    await asyncio.to_thread(killable_kafka.restart)
-    await running
+    await send_through_an_outage(sending, killable_kafka, "kill")
     assert max(sending.waves) < 4000 / 1000 + 2
     found = await read_all(transport, name)
     assert Counter(ids(found)).keys() == {m.id for m in sending.sent}
@@ -80,12 +69,7 @@ async def test_a_broker_that_is_frozen_under_way_is_given_up_in_time_and_nothing
     await transport.declare([name], partitions=4)
     count = 8000
     sending = Sending(transport, numbered(name, count))
-    running = asyncio.create_task(sending.run(within=60))
-    await until(lambda: len(sending.sent) >= count // 4)
-    await asyncio.to_thread(killable_kafka.pause)
-    await until(lambda: bool(sending.unavailable))
-    await asyncio.to_thread(killable_kafka.resume)
-    await running
+    await send_through_an_outage(sending, killable_kafka, "pause")
     assert max(sending.waves) < 2000 / 1000 + 2
     found = await read_all(transport, name)
     assert Counter(ids(found)).keys() == {m.id for m in sending.sent}

@@ -11,13 +11,7 @@ from msgspec.structs import replace
 
 from outbox.errors import ConfigurationError, MessageTooLarge, Refused
 from outbox.testing.conformance import message, numbered
-from tests.transports.kafka_tools import (
-    Open,
-    offsets,
-    read_all,
-    set_limit,
-    with_admin,
-)
+from tests.transports.kafka_tools import Open, offsets, read_all, set_limit, with_admin
 from tests.transports.relaying import Sending, first_deliveries, in_order
 
 

@@ -14,8 +14,9 @@ from outbox.errors import ConfigurationError, Unavailable
 from outbox.testing.conformance import ids, message, numbered
 from tests.services import RabbitmqServer
 from tests.transports.churn import Churn
-from tests.transports.rabbitmq_tools import Open, get, know, raw, read, read_all
+from tests.transports.rabbitmq_tools import Open, get, know, raw, read_all
 from tests.transports.relaying import Sending, first_deliveries, in_order
+from tests.transports.tools import read
 
 
 async def test_a_group_has_a_queue_that_is_bound_to_the_topics_exchange(

@@ -15,8 +15,9 @@ from outbox.errors import Unavailable
 from outbox.testing.conformance import ids, message, numbered
 from outbox.transports.rabbitmq import RabbitmqTransport
 from tests.services import RabbitmqServer
-from tests.transports.rabbitmq_tools import Open, know, peer, raw, read, read_all, read_for_ever, until
-from tests.transports.relaying import Sending, first_deliveries, in_order
+from tests.transports.rabbitmq_tools import Open, know, raw, read_all
+from tests.transports.relaying import Sending, first_deliveries, in_order, send_through_an_outage
+from tests.transports.tools import peer, read, read_for_ever, until
 
 
 async def test_connecting_to_nobody_names_the_host(rabbits: Open) -> None:
@@ -77,8 +78,8 @@ async def _silence(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> Non
 
 @pytest.mark.parametrize("behave", [_hang_up, _another_protocol, _another_version, _silence])
 async def test_what_is_no_broker_is_unavailable_and_named(rabbits: Open, behave: Callable[..., object]) -> None:
-    async with peer(behave) as url:
-        transport = rabbits(url, delivery_timeout_ms=2000)
+    async with peer(behave) as where:
+        transport = rabbits(f"amqp://{where}", delivery_timeout_ms=2000)
         begun = time.monotonic()
         with pytest.raises(Unavailable, match=r"cannot reach a broker \(127\.0\.0\.1:\d+: \w+"):
             await transport.connect()
@@ -91,9 +92,9 @@ async def test_what_is_no_broker_is_unavailable_and_named(rabbits: Open, behave:
 
 
 async def test_a_frame_that_is_too_large_is_not_waited_for(rabbits: Open) -> None:
-    async with peer(_a_giant_frame) as url:
+    async with peer(_a_giant_frame) as where:
         with pytest.raises(Unavailable, match="does not speak AMQP"):  # not: no answer in time
-            await rabbits(url).connect()
+            await rabbits(f"amqp://{where}").connect()
 
 
 @pytest.mark.parametrize("how", ["kill", "stop", "pause"])
@@ -107,13 +108,7 @@ async def test_a_broker_that_goes_and_comes_back_under_way_loses_and_turns_aroun
     )  # RabbitMQ 3.10 finds no leader for the queue made last before a SIGKILL
     count, keys = 6000, 200
     sending = Sending(transport, numbered(name, count, keys=keys), batch=100, calls=2)
-    running = asyncio.create_task(sending.run(within=90))
-    await until(lambda: len(sending.sent) >= count // 4)
-    await asyncio.to_thread(getattr(killable_rabbitmq, how))
-    await until(lambda: bool(sending.unavailable))
-    assert not running.done()
-    await asyncio.to_thread(killable_rabbitmq.resume if how == "pause" else killable_rabbitmq.restart)
-    await running
+    await send_through_an_outage(sending, killable_rabbitmq, how)
     assert max(sending.waves) < 2000 / 1000 + 3
     found = await read_all(rabbits(killable_rabbitmq.url), name, "billing")
     assert Counter(ids(found)).keys() == {m.id for m in sending.sent}

@@ -12,8 +12,9 @@ from outbox.testing.conformance import ids, numbered
 from tests.services import RABBITMQ
 from tests.services.fixtures import or_skip
 from tests.transports.rabbitmq_cluster import Cluster, cluster
-from tests.transports.rabbitmq_tools import Open, know, read, read_all, until
+from tests.transports.rabbitmq_tools import Open, know, read_all
 from tests.transports.relaying import Sending, first_deliveries, in_order
+from tests.transports.tools import read, until
 
 KEYS = 100
 

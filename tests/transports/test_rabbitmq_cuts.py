@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import os
 import random
-from collections import Counter
 
 import pytest
 
 from outbox.errors import Unavailable
-from outbox.testing.conformance import ids, numbered
+from outbox.testing.conformance import ids
 from outbox.transport import Delivery
 from tests.transports.cuts import Direction, Plan, cutting
 from tests.transports.rabbitmq_tools import Open, know, read_all
-from tests.transports.relaying import Sending, first_deliveries, in_order
+from tests.transports.relaying import Rounds, first_deliveries, in_order
 
 CUTS = 200 if os.environ.get("OUTBOX_TEST_LONG") else 15
 KEYS = 50
@@ -49,26 +48,15 @@ async def test_publishing_through_cuts_loses_nothing_and_turns_no_key_around(
 ) -> None:
     direct = rabbits(rabbitmq_url)
     await know(direct, name, "billing")
-    count = 0
-    sent: set[str] = set()
-    unavailable = 0
     async with cutting(rabbitmq_url, plan, seed=7, cuts=CUTS) as cuts:
-        transport = rabbits(cuts.url, delivery_timeout_ms=5000)
-        while cuts.done < CUTS or count < 2000:
-            sending = Sending(transport, numbered(name, 500, keys=KEYS, first=count), batch=KEYS, calls=1)
-            await sending.run(within=600)
-            count += 500
-            sent |= {m.id for m in sending.sent}
-            unavailable += len(sending.unavailable)
+        rounds = Rounds(rabbits(cuts.url, delivery_timeout_ms=5000), name, keys=KEYS)
+        while cuts.done < CUTS or rounds.count < 2000:
+            await rounds.send(500)
     found = await read_all(direct, name, "billing")
-    stored = Counter(ids(found))
-    print(
-        f"{cuts.done} cuts, {count} in, {len(stored)} out, {len(found) - len(stored)} twice, {unavailable} unavailable"
-    )
-    assert unavailable
-    assert stored.keys() == sent
-    assert len(sent) == count
-    assert first_deliveries(found) == in_order(count, KEYS)
+    print(f"{cuts.done} cuts, {rounds.count} in, {len(found)} out, {rounds.unavailable} unavailable")
+    assert rounds.unavailable
+    rounds.came(found)
+    assert first_deliveries(found) == in_order(rounds.count, KEYS)
 
 
 @pytest.mark.timeout(900)
@@ -80,15 +68,14 @@ async def test_consuming_through_cuts_skips_nothing_and_turns_no_key_around(
     direct = rabbits(rabbitmq_url, partitions=partitions)
     await know(direct, name, "billing")
     cuts_wanted = CUTS if plan is among_deliveries else CUTS // 3
-    count, lost = 0, 0
+    rounds, lost = Rounds(direct, name, keys=KEYS), 0
     found: list[Delivery] = []
     async with cutting(rabbitmq_url, plan, seed=11, cuts=cuts_wanted) as cuts:
         transport = rabbits(cuts.url, partitions=partitions, delivery_timeout_ms=5000)
         subscription = None
-        while cuts.done < cuts_wanted or len(set(ids(found))) < count or not count:
-            if len(set(ids(found))) == count:
-                await Sending(direct, numbered(name, 1000, keys=KEYS, first=count), batch=KEYS, calls=1).run()
-                count += 1000
+        while cuts.done < cuts_wanted or len(set(ids(found))) < rounds.count or not rounds.count:
+            if len(set(ids(found))) == rounds.count:
+                await rounds.send(1000)
             try:
                 if subscription is None:
                     subscription = await transport.subscribe([name], "billing", window=60)
@@ -100,11 +87,10 @@ async def test_consuming_through_cuts_skips_nothing_and_turns_no_key_around(
         assert subscription is not None
         await subscription.close()
     assert await read_all(direct, name, "billing") == []
-    again = Counter(ids(found))
-    print(f"{cuts.done} cuts, {count} in, {len(again)} out, {len(found) - len(again)} twice, {lost} times unavailable")
+    print(f"{cuts.done} cuts, {rounds.count} in, {len(found)} out, {lost} times unavailable")
     assert lost
-    assert len(again) == count
-    assert first_deliveries(found) == in_order(count, KEYS)
+    again = rounds.came(found)
+    assert first_deliveries(found) == in_order(rounds.count, KEYS)
     redelivered = {id for id, times in again.items() if times > 1}
     last = {id: d for d, id in zip(found, ids(found), strict=True)}
     assert all(last[id].suspect for id in redelivered)

@@ -14,9 +14,9 @@ import pytest
 from outbox.errors import Unavailable
 from outbox.testing.conformance import ids, message, numbered
 from tests.services import Server
-from tests.transports.rabbitmq_tools import peer, read, until
-from tests.transports.relaying import Sending, first_deliveries, in_order
+from tests.transports.relaying import Sending, first_deliveries, in_order, send_through_an_outage
 from tests.transports.sqs_tools import LONG, STANDARD_OR_FIFO, Open, read_all, with_parameters
+from tests.transports.tools import peer, read
 
 # ---------------------------------------------------------------- a service that goes and comes back
 
@@ -31,13 +31,7 @@ async def test_a_service_that_freezes_under_way_loses_and_turns_around_nothing(
     subscription = await reader.subscribe([topic_name], "billing", window=1000)
     count, keys = 1000, 100
     sending = Sending(transport, numbered(topic_name, count, keys=keys), batch=50, calls=2)
-    running = asyncio.create_task(sending.run(within=60))
-    await until(lambda: len(sending.sent) >= count // 4)
-    await asyncio.to_thread(killable_sqs.pause)
-    await until(lambda: bool(sending.unavailable))
-    assert not running.done()
-    await asyncio.to_thread(killable_sqs.resume)
-    await running
+    await send_through_an_outage(sending, killable_sqs, "pause")
     found = await read(subscription, lambda found: len(set(ids(found))) >= count)
     found += await read_all(subscription)
     assert set(ids(found)) == {m.id for m in sending.sent}
@@ -163,7 +157,7 @@ async def test_what_is_no_service_is_unavailable_and_named(queues: Open, behave:
 
 
 def _at(where: str) -> str:
-    return "sqs://key:s3cret@us-east-1/?endpoint_url=" + where.replace("amqp://", "http://")
+    return f"sqs://key:s3cret@us-east-1/?endpoint_url=http://{where}"
 
 
 def _answers(status: int, body: dict[str, str]) -> Callable[..., object]:

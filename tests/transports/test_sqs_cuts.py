@@ -4,20 +4,19 @@ and what comes out is counted. 5 cuts a test, 200 with OUTBOX_TEST_LONG=1."""
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 
 from outbox.errors import Unavailable
-from outbox.testing.conformance import ids, numbered
+from outbox.testing.conformance import ids
 from outbox.transport import Delivery, Subscription, Transport
 from tests.services import Server
 from tests.transports.cuts import Cuts, Direction, Plan, cutting
-from tests.transports.rabbitmq_tools import read
-from tests.transports.relaying import Sending, first_deliveries, in_order
+from tests.transports.relaying import Rounds, first_deliveries, in_order
 from tests.transports.sqs_tools import LONG, STANDARD_OR_FIFO, Open, endpoint, read_all
+from tests.transports.tools import read
 
 CUTS = 200 if LONG else 5
 KEYS = 50
@@ -53,30 +52,21 @@ async def test_publishing_through_cuts_loses_nothing_and_a_fifo_queue_has_all_on
     queues: Open, elasticmq: Server, topic_name: str, plan: Plan, fifo: str
 ) -> None:
     subscription = await queues(elasticmq, fifo=fifo).subscribe([topic_name], "billing", window=1000)
-    count = unavailable = 0
-    sent: set[str] = set()
     found: list[Delivery] = []
     async with through_cuts(elasticmq, plan, seed=7, cuts=CUTS) as (cuts, url):
         transport = queues(url, fifo=fifo, delivery_timeout_ms=5000)
-        while cuts.done < CUTS or count < 500:
-            sending = Sending(transport, numbered(topic_name, 250, keys=KEYS, first=count), batch=KEYS, calls=1)
-            await sending.run(within=600)
-            count += 250
-            sent |= {m.id for m in sending.sent}
-            unavailable += len(sending.unavailable)
-            await _read_up_to(subscription, found, count)
+        rounds = Rounds(transport, topic_name, keys=KEYS)
+        while cuts.done < CUTS or rounds.count < 500:
+            await rounds.send(250)
+            await _read_up_to(subscription, found, rounds.count)
         await transport.close()
     found += await read_all(subscription)
-    stored = Counter(ids(found))
-    print(
-        f"{cuts.done} cuts, {count} in, {len(stored)} out, {len(found) - len(stored)} twice, {unavailable} unavailable"
-    )
-    assert unavailable
-    assert stored.keys() == sent
-    assert len(sent) == count
+    print(f"{cuts.done} cuts, {rounds.count} in, {len(found)} out, {rounds.unavailable} unavailable")
+    assert rounds.unavailable
+    rounds.came(found)
     if fifo == "yes":
-        assert first_deliveries(found) == in_order(count, KEYS)
-        assert len(found) == count
+        assert first_deliveries(found) == in_order(rounds.count, KEYS)
+        assert len(found) == rounds.count
 
 
 @pytest.mark.timeout(900)
@@ -87,15 +77,14 @@ async def test_consuming_through_cuts_skips_nothing_and_turns_no_key_of_a_fifo_q
 ) -> None:
     direct = queues(elasticmq, fifo=fifo)
     await (await direct.subscribe([topic_name], "billing", window=1)).close()
-    count = lost = 0
+    rounds, lost = Rounds(direct, topic_name, keys=KEYS), 0
     found: list[Delivery] = []
     async with through_cuts(elasticmq, plan, seed=11, cuts=CUTS) as (cuts, url):
         transport = queues(url, fifo=fifo, requests=4)
         subscription = await _joined(transport, topic_name)
-        while cuts.done < CUTS or len(set(ids(found))) < count or not count:
-            if len(set(ids(found))) == count:
-                await Sending(direct, numbered(topic_name, 200, keys=KEYS, first=count), batch=KEYS, calls=1).run()
-                count += 200
+        while cuts.done < CUTS or len(set(ids(found))) < rounds.count or not rounds.count:
+            if len(set(ids(found))) == rounds.count:
+                await rounds.send(200)
             try:
                 batch = await subscription.fetch(40, 1.0)
             except Unavailable:
@@ -106,11 +95,10 @@ async def test_consuming_through_cuts_skips_nothing_and_turns_no_key_of_a_fifo_q
         await subscription.close()
     last = await direct.subscribe([topic_name], "billing", window=1000)
     found += await read_all(last)
-    again = Counter(ids(found))
-    print(f"{cuts.done} cuts, {count} in, {len(again)} out, {len(found) - len(again)} twice, {lost} times unavailable")
-    assert len(again) == count
+    print(f"{cuts.done} cuts, {rounds.count} in, {len(found)} out, {lost} times unavailable")
+    again = rounds.came(found)
     if fifo == "yes":
-        assert first_deliveries(found) == in_order(count, KEYS)
+        assert first_deliveries(found) == in_order(rounds.count, KEYS)
     redelivered = {id for id, times in again.items() if times > 1}
     latest = {id: delivery for delivery, id in zip(found, ids(found), strict=True)}
     assert all(latest[id].suspect for id in redelivered)
