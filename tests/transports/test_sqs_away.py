@@ -7,7 +7,8 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from outbox.testing.conformance import ids, message, numbered
 from tests.services import Server
 from tests.transports.relaying import Sending, first_deliveries, in_order, send_through_an_outage
 from tests.transports.sqs_tools import LONG, STANDARD_OR_FIFO, Open, read_all, with_parameters
-from tests.transports.tools import peer, read
+from tests.transports.tools import peer, read, until
 
 # ---------------------------------------------------------------- a service that goes and comes back
 
@@ -160,14 +161,17 @@ def _at(where: str) -> str:
     return f"sqs://key:s3cret@us-east-1/?endpoint_url=http://{where}"
 
 
-def _answers(status: int, body: dict[str, str]) -> Callable[..., object]:
-    """A service that always says the same, as Amazon's does in its JSON protocol."""
+def _answers(
+    status: int, body: dict[str, Any], heard: Callable[[bytes], object] = lambda head: None
+) -> Callable[..., Coroutine[Any, Any, None]]:
+    """A service that always says the same, as Amazon's does in its JSON protocol. ``heard`` has the head of each request."""
     text = json.dumps(body).encode()
     head = f"HTTP/1.1 {status} x\r\nContent-Type: application/x-amz-json-1.0\r\nContent-Length: {len(text)}\r\n\r\n"
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             request = await reader.readuntil(b"\r\n\r\n")
+            heard(request)
             length = next(
                 int(line.partition(b":")[2])
                 for line in request.split(b"\r\n")
@@ -200,6 +204,22 @@ async def test_what_the_service_says_is_told_and_costs_no_attempt(
     assert (outcome.kind, outcome.scope) == ("unavailable", scope)
     assert said in outcome.reason
     assert "s3cret" not in outcome.reason
+
+
+async def test_polls_that_do_not_wait_pause_when_there_is_nothing(queues: Open) -> None:
+    asked: list[float] = []
+    nothing = {"QueueUrl": "http://127.0.0.1/queue", "QueueUrls": [], "Attributes": {}}
+
+    def heard(head: bytes) -> None:
+        if b"ReceiveMessage" in head:
+            asked.append(time.monotonic())
+
+    async with peer(_answers(200, nothing, heard)) as where:
+        subscription = await queues(_at(where), wait_ms=0, declare="no").subscribe(["orders"], "billing", window=10)
+        await until(lambda: len(asked) > 5)
+        assert await subscription.fetch(1, 0) == []
+        await subscription.close()
+    assert asked[5] - asked[0] >= 5 * 0.2 * 0.9
 
 
 # ---------------------------------------------------------------- consumers that are killed, or ask for time
